@@ -1,0 +1,35 @@
+# make reproduce   install if needed, then run the notebooks at their defaults
+# make test        install if needed, then all tests
+# make lab         install if needed, then JupyterLab
+# make figures     rewrite figures/ from a quick grid of 21 runs (about 40 minutes on two cores; finished runs are kept)
+
+# An active virtual or conda environment is used; otherwise .venv is made here.
+ENV := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)),.venv)
+PYTHON := $(ENV)/bin/python
+INSTALLED := $(ENV)/.bdlib-installed
+
+.PHONY: install reproduce test lab figures lint
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	test -x $(PYTHON) || python3 -m venv $(ENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check --editable ".[test]"
+	touch $@
+
+reproduce: install
+	$(PYTHON) runall.py
+
+test: install
+	$(PYTHON) -m pytest
+
+lab: install
+	$(PYTHON) -m jupyterlab notebooks
+
+figures: install
+	$(PYTHON) runall.py --only 02_awm --budget 10 20 50 100 200 250 --seed 0 1 2 --out runs/figures/budgets
+	$(PYTHON) runall.py --only 02_awm --seed 0 1 2 --set ablations=True --out runs/figures/ablations
+	$(PYTHON) -m bdlib.report runs/figures figures
+
+lint: install
+	$(PYTHON) -m ruff check .

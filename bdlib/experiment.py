@@ -1,0 +1,212 @@
+"""One run of a notebook: checked parameters in, a backdoored model to defend and rows of results out."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pandas as pd
+import torch
+from torch import nn
+
+import bdlib
+from bdlib import data, metrics, models, poison, profiles, results, store, train
+from bdlib.data import Dataset
+
+PAPERS = {"00_backdoors": "-", "02_awm": "arXiv:2207.04497"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Setting:
+    """The parameters of a notebook, checked.  Raises ValueError that says what is allowed."""
+
+    notebook: str
+    profile: str
+    dataset: str
+    attack: str
+    arch: str
+    budget: int | str
+    poison_rate: float
+    target_label: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        if self.notebook not in PAPERS:
+            raise ValueError(f"notebook must be one of {', '.join(PAPERS)}, got {self.notebook!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be a whole number from 0 on, got {self.seed!r}")
+        profiles.require(self.profile)
+        models.parse(self.arch)
+        self.threat  # noqa: B018 - raises where the attack's values are off
+
+    @property
+    def threat(self) -> poison.Attack:
+        """The attack that these parameters name."""
+        return poison.Attack(name=self.attack, target_label=self.target_label, poison_rate=self.poison_rate)
+
+    def generator(self, use: str) -> torch.Generator:
+        """A random source of its own for each use, all from the one seed."""
+        digest = hashlib.sha256(f"{self.seed}/{use}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(digest[:6], "big"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Lab:
+    """What a notebook works with.  A defense may be given `model` and `clean`, nothing else of this."""
+
+    setting: Setting
+    train: Dataset  # the training split before the attack
+    test: Dataset
+    poisoned: poison.Poisoned
+    triggered: poison.Triggered
+    model: nn.Module  # the backdoored model, in eval()
+    before: dict[str, float]  # its acc, asr, ra, ...
+    clean: Dataset  # the defender's images
+    clean_indices: torch.Tensor  # their positions in the training split
+    device: torch.device
+
+    def clean_subset(self, budget: int | str) -> Dataset:
+        """Clean images for another budget of the same seed."""
+        count = data.resolve_budget(budget, self.train)
+        return self.train.subset(data.clean_subset(self.train, count, generator=self.setting.generator("clean")))
+
+    def measure(self, model: nn.Module) -> dict[str, float]:
+        """acc, asr, ra, asr_all_classes, acc_non_target of a model on the test split."""
+        return metrics.evaluate(model, self.test, self.triggered.test, self.triggered.wanted)
+
+    def row(self, defense: str, variant: str, model: nn.Module, *, budget: int, seconds: float, config: object) -> dict[str, object]:
+        """A row of results: the model measured, beside the setting it came from.  budget: clean images used."""
+        setting, after = self.setting, self.measure(model)
+        described = json.dumps(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else {}, sort_keys=True)
+        return {
+            "paper": PAPERS[setting.notebook], "notebook": setting.notebook, "profile": setting.profile, "dataset": setting.dataset,
+            "dataset_sha256": self.train.sha256()[:12], "arch": setting.arch, "attack": setting.attack,
+            "poison_rate": setting.poison_rate, "target_label": setting.target_label, "budget": budget, "seed": setting.seed,
+            "defense": defense, "variant": variant,
+            **{f"{name}_before": self.before[name] for name in ("acc", "asr", "ra")},
+            **after, "der": metrics.der(self.before, after),
+            "seconds": round(seconds, 2), "peak_memory_mb": peak_memory_mb(self.device), "device": describe_device(self.device),
+            "torch": torch.__version__, "bdlib": bdlib.__version__, "config": described,
+            "config_sha256": hashlib.sha256(described.encode()).hexdigest()[:12],
+        }  # fmt: skip
+
+
+def prepare(setting: Setting, device: torch.device | str) -> Lab:
+    """Data, poison, backdoored model (from the store, or trained now and stored), and the defender's clean images.
+
+    Raises ValueError if a parameter does not fit the dataset.
+    """
+    device = torch.device(device)
+    train_split, test = load_data(setting.profile, setting.dataset)
+    budget = data.resolve_budget(setting.budget, train_split)
+    clean_indices = data.clean_subset(train_split, budget, generator=setting.generator("clean"))
+    poisoned = poison.poison(train_split, setting.threat, generator=setting.generator("poison"))
+    triggered = poison.triggered_test(test, setting.threat)
+    model = backdoored_model(setting, poisoned, device)
+    test = test.to(device)
+    triggered = poison.Triggered(triggered.test.to(device), triggered.wanted.to(device))
+    before = metrics.evaluate(model, test, triggered.test, triggered.wanted)
+    return Lab(setting, train_split, test, poisoned, triggered, model, before, train_split.subset(clean_indices), clean_indices, device)
+
+
+def load_data(profile: str, dataset: str) -> tuple[Dataset, Dataset]:
+    """Train and test split; the quick profile keeps a class-balanced part of a large training split, the same for every seed."""
+    train_split, test = data.load(dataset, data_root())
+    limit = profiles.train_limit(profile)
+    if limit and len(train_split) > limit:
+        labels = train_split.labels
+        rank = torch.zeros_like(labels)
+        for label in range(len(train_split.classes)):
+            members = torch.nonzero(labels == label).flatten()
+            # Position of each image within its class, as a share: the first 40% of every class, whatever its size.
+            rank[members] = torch.randperm(len(members), generator=torch.Generator().manual_seed(0)) * len(labels) // len(members)
+        train_split = train_split.subset(rank.argsort(stable=True)[:limit].sort().values)
+    return train_split, test
+
+
+def backdoored_model(setting: Setting, poisoned: poison.Poisoned, device: torch.device) -> nn.Module:
+    """The model trained on the poisoned split, on the device, in eval(); trained once for each setting, then read from the store."""
+    split, config = poisoned.train, profiles.training(setting.profile, setting.dataset.partition(":")[0])
+    fields = {
+        "what": "model trained on this split", "split": split.sha256(), "crop_padding": split.crop_padding, "flip": split.flip,
+        "arch": setting.arch, "seed": setting.seed, "training": dataclasses.asdict(config), "version": train.VERSION,
+        "dataset": setting.dataset, "attack": setting.attack, "device": device.type,
+    }  # fmt: skip
+
+    def build() -> nn.Module:
+        return models.build(setting.arch, split.images, len(split.classes), generator=setting.generator("init")).to(device)
+
+    def make() -> nn.Module:
+        print(f"training {setting.arch} on {setting.dataset} with {setting.attack}, seed {setting.seed}: once, then kept in {home() / 'store'}")
+        return train.fit(build(), split.to(device), config, generator=setting.generator("order"), watch=progress)
+
+    artifact = store.fetch(home() / "store", fields, make)
+    model = build()
+    model.load_state_dict(artifact.weights)
+    return model.eval()
+
+
+def progress(epochs: range) -> Iterator[int]:
+    """The epochs, with a progress bar that shows the time left."""
+    from tqdm.auto import tqdm
+
+    return iter(tqdm(epochs, unit="epoch", leave=False))
+
+
+@contextmanager
+def stopwatch() -> Iterator[list[float]]:
+    """`with stopwatch() as seconds:` leaves the seconds that the block took in seconds[0]."""
+    seconds: list[float] = []
+    start = time.perf_counter()
+    yield seconds
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds.append(time.perf_counter() - start)
+
+
+def peak_memory_mb(device: torch.device) -> int:
+    """Most memory used so far: allocated on a GPU, resident size of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) >> 20
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+
+def describe_device(device: torch.device) -> str:
+    """The GPU's name, or the number of CPU threads."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}"
+
+
+def project_root() -> Path:
+    """The clone that bdlib was installed from, or else the current folder."""
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "runall.py").exists() else Path.cwd()
+
+
+def home() -> Path:
+    """Where models and runs are kept: $BDLIB_HOME, or `runs/` of the project."""
+    return Path(os.environ.get("BDLIB_HOME") or project_root() / "runs")
+
+
+def data_root() -> Path:
+    """Where datasets are kept: $BDLIB_DATA, or `data/` of the project."""
+    return Path(os.environ.get("BDLIB_DATA") or project_root() / "data")
+
+
+def out_folder(out: str) -> Path:
+    """The folder of a notebook's `out` parameter: as it is, or below the project where it is relative."""
+    return project_root() / out
+
+
+def stored_rows(name: str) -> pd.DataFrame:
+    """Rows that `make figures` measured: figures/NAME.csv; none, with a word on it, where that file is not there."""
+    path = project_root() / "figures" / f"{name}.csv"
+    if not path.exists():
+        print(f"no stored rows: `make figures` writes {path}")
+        return results.load()
+    return results.load(path)

@@ -1,0 +1,87 @@
+"""Rows of results: their columns, their files, and the comparison with published numbers."""
+
+from collections.abc import Iterable
+from importlib.resources import files
+from pathlib import Path
+
+import pandas as pd
+
+from bdlib.files import write_atomic
+
+COLUMNS = [
+    *("paper", "notebook", "profile", "dataset", "dataset_sha256", "arch", "attack", "poison_rate", "target_label", "budget", "seed"),
+    *("defense", "variant", "acc_before", "asr_before", "ra_before", "acc", "asr", "ra", "der", "asr_all_classes", "acc_non_target"),
+    *("seconds", "peak_memory_mb", "device", "torch", "bdlib", "config", "config_sha256"),
+]
+SETTING = ["notebook", "profile", "dataset", "arch", "attack", "poison_rate", "target_label", "budget", "defense", "variant"]
+SHOWN = ["acc", "asr", "ra", "der"]
+
+
+def table(rows: Iterable[dict]) -> pd.DataFrame:
+    """Rows as a DataFrame with exactly the columns of the contract.  Raises ValueError if a row has others."""
+    rows = list(rows)
+    for row in rows:
+        wrong = sorted(set(row) ^ set(COLUMNS))
+        if wrong:
+            raise ValueError(f"a row of results must have exactly the columns of results.COLUMNS; missing or unknown: {', '.join(wrong)}")
+    return pd.DataFrame(rows, columns=COLUMNS)
+
+
+def save(rows: pd.DataFrame, path: Path) -> None:
+    """Write a CSV, whole or not at all."""
+    write_atomic(path, lambda file: file.write(rows.to_csv(index=False, lineterminator="\n").encode()))
+
+
+def load(*paths: Path) -> pd.DataFrame:
+    """Rows of these CSV files, one below the other.  Raises ValueError for a file that is not one of results."""
+    tables = [pd.read_csv(path, dtype={"config": str, "dataset_sha256": str, "config_sha256": str}) for path in paths]
+    for path, rows in zip(paths, tables, strict=True):
+        missing = [name for name in COLUMNS if name not in rows.columns]
+        if missing:
+            raise ValueError(f"{path} is no table of results: it lacks {', '.join(missing)}")
+    return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
+
+
+def over_seeds(rows: pd.DataFrame, values: Iterable[str] = SHOWN) -> pd.DataFrame:
+    """Mean and standard deviation (over n - 1) of each value over the seeds of a setting, and the number of seeds."""
+    grouped = rows.groupby(SETTING, sort=False)
+    parts = {name: grouped[name].mean() for name in values}
+    parts |= {f"{name}_sd": grouped[name].std() for name in values}
+    return pd.DataFrame({**parts, "seeds": grouped["seed"].nunique()}).reset_index()
+
+
+def percent(rows: pd.DataFrame, columns: Iterable[str] = ("acc", "asr", "ra", "der")) -> pd.DataFrame:
+    """For the screen: the named fractions in percent with one decimal, all other columns as they are."""
+    return rows.assign(**{name: (100 * rows[name]).round(1) for name in columns})
+
+
+def published() -> pd.DataFrame:
+    """Every printed number known to this project, in percent as printed, each with its source; blank where none is known."""
+    return pd.read_csv(str(files("bdlib") / "published.csv"))
+
+
+def paper_vs_ours(rows: pd.DataFrame, defense: str, attack: str) -> pd.DataFrame:
+    """Printed numbers for a defense against an attack beside our means over seeds, in percent, with what differs.
+
+    One line for each printed number with its source, one for each of our settings; "not available" where nobody printed one.
+    """
+    known = published().query("defense == @defense and attack == @attack")
+    lines = [
+        {"who": "published", "dataset": row.dataset, "clean budget": row.clean_budget, "ACC": row.acc, "ASR": row.asr, "seeds": "not stated",
+         "source or protocol": "; ".join(str(part) for part in (row.source, row.arch, row.asr_convention, row.note) if pd.notna(part))}
+        for row in known.itertuples()
+    ]
+    if not lines:
+        nothing = "not available"
+        lines = [{"who": "published", "dataset": nothing, "clean budget": nothing, "ACC": nothing, "ASR": nothing, "seeds": nothing,
+                  "source or protocol": "no printed number known: add a row to bdlib/published.csv"}]
+    for row in over_seeds(rows.query("defense == @defense and attack == @attack")).itertuples():
+        lines.append({"who": "ours", "dataset": row.dataset, "clean budget": row.budget, "ACC": _mean_sd(row.acc, row.acc_sd),
+                      "ASR": _mean_sd(row.asr, row.asr_sd), "seeds": row.seeds,
+                      "source or protocol": f"{row.variant}; {row.arch}; profile {row.profile}; target-class images left out of ASR"})
+    return pd.DataFrame(lines)
+
+
+def _mean_sd(mean: float, deviation: float) -> str:
+    """In percent; the deviation is left out where there is one seed."""
+    return f"{100 * mean:.1f}" if pd.isna(deviation) else f"{100 * mean:.1f} ± {100 * deviation:.1f}"

@@ -1,0 +1,80 @@
+"""Content-addressed store of trained weights: made once, checked on every read, shared by all notebooks and processes."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from bdlib.files import write_atomic
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """Weights by name, what is known about them, and whether this call made them."""
+
+    weights: dict[str, torch.Tensor]
+    about: dict
+    made: bool
+
+
+def key(fields: dict) -> str:
+    """Hash of everything that decides the bits; the order of the fields does not matter."""
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def fetch(folder: Path, fields: dict, make: Callable[[], nn.Module]) -> Artifact:
+    """The stored state of the model that `fields` describe; `make` trains it if it is not there or does not pass its checksum.
+
+    A lock keeps two processes from making the same one.  Weights are safetensors, `about` is JSON beside it; the JSON is
+    written last, so an artifact without it does not count.
+    """
+    from filelock import FileLock, Timeout
+
+    name = key(fields)
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / f"{name}.lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        log.warning("another process is making model %s: waiting for it", name)
+        lock.acquire()
+    try:
+        stored = _read(folder, name)
+        return stored or _write(folder, name, fields, make())
+    finally:
+        lock.release()
+
+
+def _write(folder: Path, name: str, fields: dict, model: nn.Module) -> Artifact:
+    from safetensors.torch import save
+
+    weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
+    payload = save(weights)
+    about = {**fields, "sha256": hashlib.sha256(payload).hexdigest(), "torch": torch.__version__}
+    write_atomic(folder / f"{name}.safetensors", lambda file: file.write(payload))
+    write_atomic(folder / f"{name}.json", lambda file: file.write(json.dumps(about, indent=1, sort_keys=True).encode()))
+    return Artifact(weights, about, made=True)
+
+
+def _read(folder: Path, name: str) -> Artifact | None:
+    """The artifact, or None if it is not complete; a damaged one is named in a warning and not used."""
+    from safetensors.torch import load
+
+    try:
+        about = json.loads((folder / f"{name}.json").read_bytes())
+        payload = (folder / f"{name}.safetensors").read_bytes()
+        if hashlib.sha256(payload).hexdigest() != about["sha256"]:
+            raise ValueError("its checksum does not match")
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        log.warning("%s is damaged (%s): making it anew", folder / f"{name}.safetensors", error)
+        return None
+    return Artifact(load(payload), about, made=False)
