@@ -1,5 +1,6 @@
 """Datasets by name, as uint8 tensors that fit on the device, and the defender's clean subset of them."""
 
+import functools
 import hashlib
 import re
 import shutil
@@ -131,6 +132,7 @@ def clean_subset(dataset: Dataset, count: int, *, generator: torch.Generator) ->
     return torch.cat(chosen)
 
 
+@functools.cache
 def _signs() -> dict[str, np.ndarray]:
     images, labels = signs.draw(SIGNS_TRAIN + SIGNS_TEST, seed=2002)
     return _split(images.transpose(0, 2, 3, 1), labels, signs.CLASSES, test=np.arange(len(labels)) >= SIGNS_TRAIN)

@@ -138,7 +138,9 @@ def build(arch: str, images: torch.Tensor, classes: int, *, generator: torch.Gen
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
         features, pool, length = ARCHS[name][0](channels, width)
-        return Classifier(Normalize(mean, std), features, pool, nn.Linear(length, classes))
+        model = Classifier(Normalize(mean, std), features, pool, nn.Linear(length, classes))
+    # Channels last: the same results to rounding, 10 to 30% faster convolutions on CPUs and GPUs.
+    return model.to(memory_format=torch.channels_last)
 
 
 def channel_statistics(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
