@@ -55,13 +55,32 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dataset", nargs="+", help=f"{', '.join(data.NAMES)}, or folder:PATH")
     p.add_argument("--arch", nargs="+", help="a network, with :WIDTH for another width: preact_resnet18:8")
     p.add_argument("--attack", nargs="+", help=f"{', '.join(triggers.TRIGGERS)}; with _a2a behind it all-to-all")
-    p.add_argument("--budget", nargs="+", type=budget, help='clean images: a number, a share ("5%%") or a number per class ("1/class")')
-    p.add_argument("--poison-rate", nargs="+", type=float, help="share of the training images that is poisoned, in (0, 1]")
+    p.add_argument(
+        "--budget",
+        nargs="+",
+        type=budget,
+        help='clean images: a number, a share ("5%%") or a number per class ("1/class")',
+    )
+    p.add_argument(
+        "--poison-rate", nargs="+", type=float, help="share of the training images that is poisoned, in (0, 1]"
+    )
     p.add_argument("--target-label", nargs="+", type=int, help="class that triggered images shall be called")
     p.add_argument("--seed", nargs="+", type=int, help="whole numbers from 0 on")
-    p.add_argument("--profile", default="quick", help="quick: minutes on two CPU cores (default); paper: the papers' protocol, wants a GPU")
-    p.add_argument("--set", nargs="+", default=[], metavar="NAME=VALUE", help="any other parameter of the notebooks: --set ablations=True")
-    p.add_argument("--out", type=Path, default=None, help="folder for executed notebooks, rows and figures (default: runs)")
+    p.add_argument(
+        "--profile",
+        default="quick",
+        help="quick: minutes on two CPU cores (default); paper: the papers' protocol, wants a GPU",
+    )
+    p.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help="any other parameter of the notebooks: --set ablations=True",
+    )
+    p.add_argument(
+        "--out", type=Path, default=None, help="folder for executed notebooks, rows and figures (default: runs)"
+    )
     p.add_argument("--timeout", type=float, metavar="MINUTES", help="end a run that takes longer, as failed")
     p.add_argument("--dry-run", action="store_true", help="check everything, show what would run, run nothing")
     p.add_argument("--force", action="store_true", help="run again what is finished")
@@ -111,20 +130,29 @@ def extra_parameters(pairs: list[str]) -> dict[str, object]:
 def run_each(waiting: list[grid.Run], options: argparse.Namespace) -> list[grid.Run]:
     """Run one after the other with a live display; the runs that failed."""
     failed = []
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
+        TimeElapsedColumn(),
+    )
     with Progress(*columns, console=console, transient=True) as display:
         whole = display.add_task("all runs", total=len(waiting), unit="runs")
         for run in waiting:
             task = display.add_task(run.name, total=1, unit="cells")
             seconds_limit = options.timeout * 60 if options.timeout else None
-            well, seconds = grid.execute(run, lambda cell, cells, t=task: display.update(t, completed=cell, total=cells or 1), seconds_limit)
+            well, seconds = grid.execute(
+                run, lambda cell, cells, t=task: display.update(t, completed=cell, total=cells or 1), seconds_limit
+            )
             display.remove_task(task)
             display.advance(whole)
             if well:
                 console.print(f"[green]done[/]    {run.name}  {seconds:.0f} s")
             else:
                 failed.append(run)
-                console.print(f"[red]FAILED[/]  {run.name}  {seconds:.0f} s: {grid.last_error(run)}", highlight=False, markup=True)
+                console.print(
+                    f"[red]FAILED[/]  {run.name}  {seconds:.0f} s: {grid.last_error(run)}", highlight=False, markup=True
+                )
                 console.print(f"        log: {run.folder / 'log.txt'}", highlight=False)
     return failed
 
@@ -145,12 +173,27 @@ def write_results(runs: list[grid.Run], out: Path) -> None:
 def closing_table(runs: list[grid.Run], skipped: list[grid.Run], failed: list[grid.Run], out: Path) -> None:
     finished = [run.folder / "rows.csv" for run in runs if run.finished()]
     if finished:
-        table = Table("notebook", "dataset", "attack", "budget", "defense", "variant", "ACC %", "ASR %", "RA %", "DER %", "seeds", title="means over seeds")
+        table = Table(
+            "notebook",
+            "dataset, attack, budget",
+            "defense",
+            *(f"{name} %" for name in ("ACC", "ASR", "RA", "DER")),
+            "seeds",
+            title="means over seeds",
+        )
         for row in results.over_seeds(results.load(*finished)).itertuples():
             shares = (f"{100 * value:.1f}" for value in (row.acc, row.asr, row.ra, row.der))
-            table.add_row(row.notebook, row.dataset, row.attack, str(row.budget), row.defense, row.variant, *shares, str(row.seeds))
+            table.add_row(
+                row.notebook,
+                f"{row.dataset}, {row.attack}, {row.budget}",
+                f"{row.defense}, {row.variant}",
+                *shares,
+                str(row.seeds),
+            )
         console.print(table)
-    console.print(f"{len(runs)} runs: {len(runs) - len(skipped) - len(failed)} done now, {len(skipped)} finished before, {len(failed)} failed")
+    console.print(
+        f"{len(runs)} runs: {len(runs) - len(skipped) - len(failed)} done now, {len(skipped)} finished before, {len(failed)} failed"
+    )
     console.print(f"rows: {out / 'results.csv'}   notebooks: {out}/NOTEBOOK/RUN/executed.ipynb", highlight=False)
 
 

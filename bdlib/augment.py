@@ -11,7 +11,9 @@ def pad_for_crops(images: torch.Tensor, padding: int) -> torch.Tensor:
     return F.pad(images, (padding,) * 4)
 
 
-def crop_flip(padded: torch.Tensor, picks: torch.Tensor, padding: int, flip: bool, *, generator: torch.Generator) -> torch.Tensor:
+def crop_flip(
+    padded: torch.Tensor, picks: torch.Tensor, padding: int, flip: bool, *, generator: torch.Generator
+) -> torch.Tensor:
     """Random crops (B, C, H, W) of the images `padded[picks]`, each moved by up to `padding` pixels and flipped with chance 1/2.
 
     padded: (N, C, H + 2 padding, W + 2 padding), any dtype; picks: indices (B,) on its device.
@@ -31,7 +33,9 @@ def crop_flip(padded: torch.Tensor, picks: torch.Tensor, padding: int, flip: boo
     return batch
 
 
-def random_resized_crop(images: torch.Tensor, flip: bool, *, generator: torch.Generator, scale: tuple[float, float] = (0.08, 1.0)) -> torch.Tensor:
+def random_resized_crop(
+    images: torch.Tensor, flip: bool, *, generator: torch.Generator, scale: tuple[float, float] = (0.08, 1.0)
+) -> torch.Tensor:
     """Each image (B, C, H, W, float) replaced by a random box of it, stretched to the full size.
 
     The box covers a share of the area drawn from `scale` at an aspect ratio of 3/4 to 4/3 (torchvision's RandomResizedCrop).
@@ -43,6 +47,8 @@ def random_resized_crop(images: torch.Tensor, flip: bool, *, generator: torch.Ge
     center = (torch.rand(2, count, generator=generator) * 2 - 1) * (1 - half)
     sign = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0) if flip else torch.ones(count)
     zero = torch.zeros(count)
-    theta = torch.stack([torch.stack([half[0] * sign, zero, center[0]], 1), torch.stack([zero, half[1], center[1]], 1)], 1)
+    theta = torch.stack(
+        [torch.stack([half[0] * sign, zero, center[0]], 1), torch.stack([zero, half[1], center[1]], 1)], 1
+    )
     grid = F.affine_grid(theta.to(images), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)

@@ -18,7 +18,13 @@ from bdlib.files import write_atomic
 NAMES = ("signs", "digits", "cifar10", "gtsrb")
 # What keeps the label, per name: padding of random crops (pixels), left-right flips, smallest share of the area that shows the class.
 # CIFAR-10 as in the papers' code.  A sign's class needs most of the sign; the papers' code augments no GTSRB images but by crops.
-AUGMENTATION = {"signs": (0, True, 0.5), "digits": (2, False, 0.5), "cifar10": (4, True, 0.08), "gtsrb": (4, False, 0.5), "folder": (4, True, 0.08)}
+AUGMENTATION = {
+    "signs": (0, True, 0.5),
+    "digits": (2, False, 0.5),
+    "cifar10": (4, True, 0.08),
+    "gtsrb": (4, False, 0.5),
+    "folder": (4, True, 0.08),
+}
 SIGNS_TRAIN, SIGNS_TEST = 5000, 2000
 
 
@@ -95,14 +101,15 @@ def resolve_budget(budget: int | str, dataset: Dataset) -> int:
     size, classes = len(dataset), len(dataset.classes)
     text = str(budget).strip()
     if isinstance(budget, bool) or not re.fullmatch(r"-?\d+|\d+(\.\d+)?%|\d+/class", text):
-        raise ValueError(f'budget must be a number (500), a share ("5%") or a number per class ("1/class"), got {budget!r}')
+        raise ValueError(
+            f'budget must be a number (500), a share ("5%") or a number per class ("1/class"), got {budget!r}'
+        )
     if text.endswith("%"):
-        count = round(size * float(text[:-1]) / 100)
-    elif text.endswith("/class"):
-        count = int(text.split("/")[0]) * classes
+        exact = size * float(text[:-1]) / 100
     else:
-        count = int(text)
-    if not classes <= count <= size:
+        exact = int(text.removesuffix("/class")) * (classes if text.endswith("/class") else 1)
+    count = round(exact)
+    if count < classes or exact > size:
         raise ValueError(
             f"budget must be between {classes} (one image a class) and {size} (the training split of {dataset.name}), "
             f"got {budget!r} = {count} images"
@@ -166,7 +173,9 @@ def _folder(spec: str) -> dict[str, np.ndarray]:
     except FileNotFoundError as error:
         raise ValueError(f"folder:{path} is no tree of PATH/CLASS/image or PATH/train/CLASS/image: {error}") from error
     if trees[0].classes != trees[1].classes:
-        raise ValueError(f"folder:{path} has other classes in train ({trees[0].classes}) than in {test.name} ({trees[1].classes})")
+        raise ValueError(
+            f"folder:{path} has other classes in train ({trees[0].classes}) than in {test.name} ({trees[1].classes})"
+        )
     (x_train, y_train, classes), (x_test, y_test, _) = (_resized(tree, pixels) for tree in trees)
     return dict(x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, classes=np.array(classes))
 
@@ -176,7 +185,9 @@ def _resized(tree, pixels: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     from tqdm.auto import tqdm
 
     pairs = tqdm(tree, desc="reading images", leave=False)
-    images, labels = zip(*((np.asarray(image.convert("RGB").resize((pixels, pixels))), label) for image, label in pairs), strict=True)
+    images, labels = zip(
+        *((np.asarray(image.convert("RGB").resize((pixels, pixels))), label) for image, label in pairs), strict=True
+    )
     return np.stack(images), np.array(labels), list(getattr(tree, "classes", ()))
 
 
@@ -189,7 +200,13 @@ def _every_fifth(labels: np.ndarray) -> np.ndarray:
 
 
 def _split(images: np.ndarray, labels: np.ndarray, classes, test: np.ndarray) -> dict[str, np.ndarray]:
-    return dict(x_train=images[~test], y_train=labels[~test], x_test=images[test], y_test=labels[test], classes=np.array(classes))
+    return dict(
+        x_train=images[~test],
+        y_train=labels[~test],
+        x_test=images[test],
+        y_test=labels[test],
+        classes=np.array(classes),
+    )
 
 
 def _cached(name: str, root: Path) -> dict[str, np.ndarray]:
@@ -210,11 +227,20 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test", "classes")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} is damaged or no dataset ({error}): delete it, and the next run makes it anew") from error
+        raise ValueError(
+            f"{path} is damaged or no dataset ({error}): delete it, and the next run makes it anew"
+        ) from error
     for split in ("train", "test"):
         images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        if images.dtype != np.uint8 or images.ndim != 4 or len(images) != len(labels) or labels.max() >= len(arrays["classes"]):
-            raise ValueError(f"{path}: x_{split} must be uint8 N x H x W x C with one label below {len(arrays['classes'])} each")
+        if (
+            images.dtype != np.uint8
+            or images.ndim != 4
+            or len(images) != len(labels)
+            or labels.max() >= len(arrays["classes"])
+        ):
+            raise ValueError(
+                f"{path}: x_{split} must be uint8 N x H x W x C with one label below {len(arrays['classes'])} each"
+            )
     return arrays
 
 
@@ -238,11 +264,25 @@ def _fetch_cifar10(raw: Path) -> dict[str, np.ndarray]:
     from torchvision.datasets import CIFAR10
 
     train, test = (CIFAR10(str(raw), train=train, download=True) for train in (True, False))
-    return dict(x_train=train.data, y_train=np.array(train.targets), x_test=test.data, y_test=np.array(test.targets), classes=np.array(train.classes))
+    return dict(
+        x_train=train.data,
+        y_train=np.array(train.targets),
+        x_test=test.data,
+        y_test=np.array(test.targets),
+        classes=np.array(train.classes),
+    )
 
 
 def _fetch_gtsrb(raw: Path) -> dict[str, np.ndarray]:
     from torchvision.datasets import GTSRB
 
-    (x_train, y_train, _), (x_test, y_test, _) = (_resized(GTSRB(str(raw), split=split, download=True), 32) for split in ("train", "test"))
-    return dict(x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, classes=np.array([f"{c:02d}" for c in range(43)]))
+    (x_train, y_train, _), (x_test, y_test, _) = (
+        _resized(GTSRB(str(raw), split=split, download=True), 32) for split in ("train", "test")
+    )
+    return dict(
+        x_train=x_train,
+        y_train=y_train,
+        x_test=x_test,
+        y_test=y_test,
+        classes=np.array([f"{c:02d}" for c in range(43)]),
+    )

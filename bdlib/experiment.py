@@ -78,7 +78,9 @@ class Lab:
         """acc, asr, ra, asr_all_classes, acc_non_target of a model on the test split."""
         return metrics.evaluate(model, self.test, self.triggered.test, self.triggered.wanted)
 
-    def row(self, defense: str, variant: str, model: nn.Module, *, budget: int, seconds: float, config: object) -> dict[str, object]:
+    def row(
+        self, defense: str, variant: str, model: nn.Module, *, budget: int, seconds: float, config: object
+    ) -> dict[str, object]:
         """A row of results: the model measured, beside the setting it came from.  budget: clean images used."""
         setting, after = self.setting, self.measure(model)
         described = json.dumps(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else {}, sort_keys=True)
@@ -110,7 +112,18 @@ def prepare(setting: Setting, device: torch.device | str) -> Lab:
     test = test.to(device)
     triggered = poison.Triggered(triggered.test.to(device), triggered.wanted.to(device))
     before = metrics.evaluate(model, test, triggered.test, triggered.wanted)
-    return Lab(setting, train_split, test, poisoned, triggered, model, before, train_split.subset(clean_indices), clean_indices, device)
+    return Lab(
+        setting,
+        train_split,
+        test,
+        poisoned,
+        triggered,
+        model,
+        before,
+        train_split.subset(clean_indices),
+        clean_indices,
+        device,
+    )
 
 
 def load_data(profile: str, dataset: str) -> tuple[Dataset, Dataset]:
@@ -123,7 +136,9 @@ def load_data(profile: str, dataset: str) -> tuple[Dataset, Dataset]:
         for label in range(len(train_split.classes)):
             members = torch.nonzero(labels == label).flatten()
             # Position of each image within its class, as a share: the first 40% of every class, whatever its size.
-            rank[members] = torch.randperm(len(members), generator=torch.Generator().manual_seed(0)) * len(labels) // len(members)
+            rank[members] = (
+                torch.randperm(len(members), generator=torch.Generator().manual_seed(0)) * len(labels) // len(members)
+            )
         train_split = train_split.subset(rank.argsort(stable=True)[:limit].sort().values)
     return train_split, test
 
@@ -138,10 +153,13 @@ def backdoored_model(setting: Setting, poisoned: poison.Poisoned, device: torch.
     }  # fmt: skip
 
     def build() -> nn.Module:
-        return models.build(setting.arch, split.images, len(split.classes), generator=setting.generator("init")).to(device)
+        return models.build(setting.arch, split.images, len(split.classes), generator=setting.generator("init")).to(
+            device
+        )
 
     def make() -> nn.Module:
-        print(f"training {setting.arch} on {setting.dataset} with {setting.attack}, seed {setting.seed}: once, then kept in {home() / 'store'}")
+        what = f"{setting.arch} on {setting.dataset} with {setting.attack}, seed {setting.seed}"
+        print(f"training {what}: once, then kept in {home() / 'store'}")
         return train.fit(build(), split.to(device), config, generator=setting.generator("order"), watch=progress)
 
     artifact = store.fetch(home() / "store", fields, make)

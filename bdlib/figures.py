@@ -20,9 +20,11 @@ METRICS = {"acc": "ACC (%)", "asr": "ASR (%)", "ra": "RA (%)"}
 
 def method_name(defense: str, variant: str) -> str:
     """How a row's defense and variant are called in figures."""
-    return {("fine_tuning", "default"): "FT", ("awm", "soft"): "AWM", ("awm", "thresholded"): "AWM, mask thresholded"}.get(
-        (defense, variant), f"{defense}, {variant}"
-    )
+    return {
+        ("fine_tuning", "default"): "FT",
+        ("awm", "soft"): "AWM",
+        ("awm", "thresholded"): "AWM, mask thresholded",
+    }.get((defense, variant), f"{defense}, {variant}")
 
 
 def image_strip(images: torch.Tensor, ax: Axes, title: str = "") -> Axes:
@@ -44,7 +46,18 @@ def signed_image(values: torch.Tensor, ax: Axes, title: str = "") -> Axes:
 
 def mask_histogram(values: pd.DataFrame, ax: Axes) -> Axes:
     """Distribution of mask values; `values` has the columns mask and layers."""
-    sns.histplot(values, x="mask", hue="layers", bins=40, binrange=(0, 1), element="step", stat="percent", common_norm=False, palette="colorblind", ax=ax)
+    sns.histplot(
+        values,
+        x="mask",
+        hue="layers",
+        bins=40,
+        binrange=(0, 1),
+        element="step",
+        stat="percent",
+        common_norm=False,
+        palette="colorblind",
+        ax=ax,
+    )
     ax.set(xlabel="mask value (0 = weight removed, 1 = kept)", ylabel="weights of these layers (%)", yscale="log")
     return ax
 
@@ -73,7 +86,19 @@ def sensitivity(rows: pd.DataFrame, ax: Axes) -> Axes:
     tidy = tidy.assign(percent=100 * tidy["share"], metric=tidy["metric"].str.upper())
     colors = {"ACC": _PALETTE[0], "ASR": _PALETTE[3]}
     sns.stripplot(tidy, x="percent", y="variant", hue="metric", palette=colors, alpha=0.7, jitter=False, ax=ax)
-    sns.pointplot(tidy, x="percent", y="variant", hue="metric", palette=colors, linestyle="none", marker="|", markersize=14, errorbar=None, legend=False, ax=ax)
+    sns.pointplot(
+        tidy,
+        x="percent",
+        y="variant",
+        hue="metric",
+        palette=colors,
+        linestyle="none",
+        marker="|",
+        markersize=14,
+        errorbar=None,
+        legend=False,
+        ax=ax,
+    )
     ax.set(xlabel="ACC, ASR (%)", ylabel="", xlim=(-4, 104))
     ax.grid(axis="y", linewidth=0.3)
     ax.legend(title=None, loc="center", fontsize=8)
@@ -82,7 +107,11 @@ def sensitivity(rows: pd.DataFrame, ax: Axes) -> Axes:
 
 def methods_dots(rows: pd.DataFrame, ax: Axes) -> Axes:
     """ASR against ACC, one point for each row: the good corner is top left."""
-    rows = rows.assign(method=[f"{d}, {v}" for d, v in zip(rows["defense"], rows["variant"], strict=True)], x=100 * rows["asr"], y=100 * rows["acc"])
+    rows = rows.assign(
+        method=[f"{d}, {v}" for d, v in zip(rows["defense"], rows["variant"], strict=True)],
+        x=100 * rows["asr"],
+        y=100 * rows["acc"],
+    )
     sns.scatterplot(rows, x="x", y="y", hue="method", style="method", s=80, palette="colorblind", ax=ax)
     ax.set(xlabel="ASR (%), lower is better", ylabel="ACC (%), higher is better", xlim=(-4, 104), ylim=(-4, 104))
     ax.legend(title=None, fontsize=8, loc="lower left")
@@ -91,7 +120,18 @@ def methods_dots(rows: pd.DataFrame, ax: Axes) -> Axes:
 
 def confusion(table: pd.DataFrame, ax: Axes, title: str = "") -> Axes:
     """Percent of each true class (row) that is called each class (column)."""
-    sns.heatmap(table, cmap="rocket_r", vmin=0, vmax=100, annot=len(table) <= 10, fmt=".0f", annot_kws={"size": 7}, square=True, ax=ax, cbar=False)
+    sns.heatmap(
+        table,
+        cmap="rocket_r",
+        vmin=0,
+        vmax=100,
+        annot=len(table) <= 10,
+        fmt=".0f",
+        annot_kws={"size": 7},
+        square=True,
+        ax=ax,
+        cbar=False,
+    )
     ax.set(xlabel="called", ylabel="true class", title=title)
     return ax
 
@@ -101,6 +141,9 @@ def save(figure: Figure, path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "bdlib"}):
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
             write_atomic(
-                path.with_suffix(suffix), lambda file, s=suffix, m=metadata: figure.savefig(file, format=s[1:], dpi=150, bbox_inches="tight", metadata=m)
+                path.with_suffix(suffix),
+                lambda file, s=suffix, m=metadata: figure.savefig(
+                    file, format=s[1:], dpi=150, bbox_inches="tight", metadata=m
+                ),
             )
     plt.close(figure)

@@ -26,5 +26,7 @@ def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
         if partial is not None:
             Path(partial).unlink(missing_ok=True)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise OSError(errno.ENOSPC, f"no free disk space for {path}: free some and run again, finished work is kept") from error
+            raise OSError(
+                errno.ENOSPC, f"no free disk space for {path}: free some and run again, finished work is kept"
+            ) from error
         raise

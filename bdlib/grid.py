@@ -66,8 +66,10 @@ def _package_hash() -> str:
     return digest.hexdigest()
 
 
-def plan(notebooks: Iterable[Path], profile: str, axes: dict[str, list], extra: dict[str, object], out: Path) -> list[Run]:
-    """Every combination of the axes for every notebook; what the command line leaves open comes from the profile, then the notebook."""
+def plan(
+    notebooks: Iterable[Path], profile: str, axes: dict[str, list], extra: dict[str, object], out: Path
+) -> list[Run]:
+    """Every combination of the axes for every notebook; what is left open comes from the profile, then the notebook."""
     runs = []
     for notebook in notebooks:
         known = notebook_parameters(notebook)
@@ -124,7 +126,9 @@ def check(run: Run) -> None:
         number = isinstance(known[name], (int, float)) and not isinstance(known[name], bool)
         if name != "budget" and (isinstance(value, str) if number else type(value) is not type(known[name])):
             raise ValueError(f"parameter {name} must be like {known[name]!r}, got {value!r}")
-    setting = experiment.Setting(notebook=run.notebook.stem, **{name: run.parameters[name] for name in ("profile", *AXES)})
+    setting = experiment.Setting(
+        notebook=run.notebook.stem, **{name: run.parameters[name] for name in ("profile", *AXES)}
+    )
     if _on_disk(setting.dataset):
         train_split, _ = _splits(setting.profile, setting.dataset)
         data.resolve_budget(setting.budget, train_split)
@@ -139,10 +143,16 @@ def _splits(profile: str, dataset: str) -> tuple[data.Dataset, data.Dataset]:
 
 def _on_disk(dataset: str) -> bool:
     """Whether the dataset can be looked at without a download; if not, the notebook itself checks the rest."""
-    return dataset not in data.NAMES or dataset in ("signs", "digits") or (experiment.data_root() / f"{dataset}.npz").exists()
+    return (
+        dataset not in data.NAMES
+        or dataset in ("signs", "digits")
+        or (experiment.data_root() / f"{dataset}.npz").exists()
+    )
 
 
-def execute(run: Run, watch: Callable[[int, int], None] = lambda cell, cells: None, timeout: float | None = None) -> tuple[bool, float]:
+def execute(
+    run: Run, watch: Callable[[int, int], None] = lambda cell, cells: None, timeout: float | None = None
+) -> tuple[bool, float]:
     """Run the notebook; whether it ended well, and the seconds it took.  `watch` is told the cell and the number of cells.
 
     Leaves executed.ipynb, log.txt and the notebook's own rows.csv in the run's folder, and done.json if it ended well.
@@ -152,10 +162,24 @@ def execute(run: Run, watch: Callable[[int, int], None] = lambda cell, cells: No
     for stale in ("done.json", "rows.csv"):
         (run.folder / stale).unlink(missing_ok=True)
     log = run.folder / "log.txt"
-    command = [sys.executable, "-m", "papermill", str(run.notebook), str(run.folder / "executed.ipynb"), "-y", json.dumps(run.parameters)]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        str(run.notebook),
+        str(run.folder / "executed.ipynb"),
+        "-y",
+        json.dumps(run.parameters),
+    ]
     start = time.perf_counter()
     with log.open("wb") as file:
-        process = subprocess.Popen([*command, "--progress-bar"], stdout=file, stderr=subprocess.STDOUT, start_new_session=True, env=_environment())
+        process = subprocess.Popen(
+            [*command, "--progress-bar"],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=_environment(),
+        )
         try:
             while process.poll() is None:
                 time.sleep(0.2)
@@ -174,7 +198,9 @@ def execute(run: Run, watch: Callable[[int, int], None] = lambda cell, cells: No
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [str(experiment.project_root()), os.environ.get("PYTHONPATH")]))}
+    return os.environ | {
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(experiment.project_root()), os.environ.get("PYTHONPATH")]))
+    }
 
 
 def _end(process: subprocess.Popen) -> None:

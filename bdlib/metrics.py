@@ -46,7 +46,11 @@ def confusion(model: nn.Module, test: Dataset) -> pd.DataFrame:
     called = pd.Series(predict(model, test.images).cpu().numpy(), name="called")
     counts = pd.crosstab(pd.Series(test.labels.cpu().numpy(), name="true class"), called, normalize="index")
     every = range(len(test.classes))
-    return (100 * counts.reindex(index=every, columns=every, fill_value=0)).set_axis(test.classes, axis=0).set_axis(test.classes, axis=1)
+    return (
+        (100 * counts.reindex(index=every, columns=every, fill_value=0))
+        .set_axis(test.classes, axis=0)
+        .set_axis(test.classes, axis=1)
+    )
 
 
 def der(before: dict[str, float], after: dict[str, float]) -> float:

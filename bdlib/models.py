@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bdlib.randomness import seeded
+
 
 class Normalize(nn.Module):
     """(x - mean) / std for each channel."""
@@ -86,7 +88,11 @@ def _preact_resnet18(channels: int, width: int) -> tuple[nn.Module, nn.Module, i
 
 def _resnet18(channels: int, width: int) -> tuple[nn.Module, nn.Module, int]:
     blocks = _stages(BasicBlock, width, [width, 2 * width, 4 * width, 8 * width], depth=2)
-    return nn.Sequential(_conv(channels, width, 1), nn.BatchNorm2d(width), nn.ReLU(), *blocks), nn.AdaptiveAvgPool2d(1), 8 * width
+    return (
+        nn.Sequential(_conv(channels, width, 1), nn.BatchNorm2d(width), nn.ReLU(), *blocks),
+        nn.AdaptiveAvgPool2d(1),
+        8 * width,
+    )
 
 
 def _wrn_16_1(channels: int, width: int) -> tuple[nn.Module, nn.Module, int]:
@@ -123,7 +129,9 @@ def parse(arch: str) -> tuple[str, int]:
     """
     name, colon, width = arch.partition(":")
     if name not in ARCHS or (colon and not (width.isdecimal() and int(width) >= 1)):
-        raise ValueError(f"arch must be one of {', '.join(ARCHS)}, with :WIDTH (at least 1) behind it for another width, got {arch!r}")
+        raise ValueError(
+            f"arch must be one of {', '.join(ARCHS)}, with :WIDTH (at least 1) behind it for another width, got {arch!r}"
+        )
     return name, int(width) if colon else ARCHS[name][1]
 
 
@@ -135,8 +143,7 @@ def build(arch: str, images: torch.Tensor, classes: int, *, generator: torch.Gen
     name, width = parse(arch)
     channels = images.shape[1]
     mean, std = channel_statistics(images)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (), generator=generator)))
+    with seeded(generator):
         features, pool, length = ARCHS[name][0](channels, width)
         model = Classifier(Normalize(mean, std), features, pool, nn.Linear(length, classes))
     # Channels last: the same results to rounding, 10 to 30% faster convolutions on CPUs and GPUs.
@@ -146,7 +153,11 @@ def build(arch: str, images: torch.Tensor, classes: int, *, generator: torch.Gen
 def channel_statistics(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean and standard deviation (C,) of uint8 images in [0, 1], from exact counts of the 256 levels."""
     levels = torch.arange(256, dtype=torch.float64) / 255
-    counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(images.shape[1])]).cpu().double()
+    counts = (
+        torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in range(images.shape[1])])
+        .cpu()
+        .double()
+    )
     share = counts / counts.sum(1, keepdim=True)
     mean = share @ levels
     variance = share @ levels.square() - mean.square()

@@ -70,7 +70,7 @@ class Triggered:
 def poison(train: Dataset, attack: Attack, *, generator: torch.Generator) -> Poisoned:
     """A copy of the split in which round(poison_rate * N) random images carry the trigger and the wanted label.
 
-    Pixels are rounded to 8 bits once, as in a file.  Raises ValueError if the pool has fewer images than that, or none would be poisoned.
+    Pixels are rounded to 8 bits once, as in a file.  Raises ValueError if the pool has fewer images, or none is poisoned.
     """
     wanted = attack.wanted(train.labels, len(train.classes))
     eligible = torch.arange(len(train))
@@ -96,4 +96,6 @@ def triggered_test(test: Dataset, attack: Attack) -> Triggered:
 
 def _apply(attack: Attack, images: torch.Tensor) -> torch.Tensor:
     """Triggered uint8 images: clip first, then round, so that no pixel wraps around."""
-    return torch.cat([attack.trigger(to_float(chunk)).clamp(0, 1).mul(255).round().to(torch.uint8) for chunk in images.split(_CHUNK)])
+    return torch.cat(
+        [attack.trigger(to_float(chunk)).clamp(0, 1).mul(255).round().to(torch.uint8) for chunk in images.split(_CHUNK)]
+    )

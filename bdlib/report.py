@@ -38,7 +38,9 @@ def sensitivity_figure(rows: pd.DataFrame) -> plt.Figure:
     if ablated.empty:
         return empty_figure()
     budget = ablated["budget"].iloc[0]
-    chosen = pd.concat([rows.query("defense == 'awm' and variant == 'soft' and budget == @budget").assign(variant="default"), ablated])
+    chosen = pd.concat(
+        [rows.query("defense == 'awm' and variant == 'soft' and budget == @budget").assign(variant="default"), ablated]
+    )
     figure, ax = plt.subplots(figsize=(7, 4.6), layout="constrained")
     figures.sensitivity(chosen, ax)
     ax.set_title(f"{setting_title(chosen)}, {budget} clean images", fontsize=10)

@@ -9,11 +9,46 @@ import pandas as pd
 from bdlib.files import write_atomic
 
 COLUMNS = [
-    *("paper", "notebook", "profile", "dataset", "dataset_sha256", "arch", "attack", "poison_rate", "target_label", "budget", "seed"),
-    *("defense", "variant", "acc_before", "asr_before", "ra_before", "acc", "asr", "ra", "der", "asr_all_classes", "acc_non_target"),
+    *(
+        "paper",
+        "notebook",
+        "profile",
+        "dataset",
+        "dataset_sha256",
+        "arch",
+        "attack",
+        "poison_rate",
+        "target_label",
+        "budget",
+        "seed",
+    ),
+    *(
+        "defense",
+        "variant",
+        "acc_before",
+        "asr_before",
+        "ra_before",
+        "acc",
+        "asr",
+        "ra",
+        "der",
+        "asr_all_classes",
+        "acc_non_target",
+    ),
     *("seconds", "peak_memory_mb", "device", "torch", "bdlib", "config", "config_sha256"),
 ]
-SETTING = ["notebook", "profile", "dataset", "arch", "attack", "poison_rate", "target_label", "budget", "defense", "variant"]
+SETTING = [
+    "notebook",
+    "profile",
+    "dataset",
+    "arch",
+    "attack",
+    "poison_rate",
+    "target_label",
+    "budget",
+    "defense",
+    "variant",
+]
 SHOWN = ["acc", "asr", "ra", "der"]
 
 
@@ -23,7 +58,9 @@ def table(rows: Iterable[dict]) -> pd.DataFrame:
     for row in rows:
         wrong = sorted(set(row) ^ set(COLUMNS))
         if wrong:
-            raise ValueError(f"a row of results must have exactly the columns of results.COLUMNS; missing or unknown: {', '.join(wrong)}")
+            raise ValueError(
+                f"a row of results must have exactly the columns of results.COLUMNS; missing or unknown: {', '.join(wrong)}"
+            )
     return pd.DataFrame(rows, columns=COLUMNS)
 
 
@@ -67,18 +104,44 @@ def paper_vs_ours(rows: pd.DataFrame, defense: str, attack: str) -> pd.DataFrame
     """
     known = published().query("defense == @defense and attack == @attack")
     lines = [
-        {"who": "published", "dataset": row.dataset, "clean budget": row.clean_budget, "ACC": row.acc, "ASR": row.asr, "seeds": "not stated",
-         "source or protocol": "; ".join(str(part) for part in (row.source, row.arch, row.asr_convention, row.note) if pd.notna(part))}
+        {
+            "who": "published",
+            "dataset": row.dataset,
+            "clean budget": row.clean_budget,
+            "ACC": row.acc,
+            "ASR": row.asr,
+            "seeds": "not stated",
+            "source or protocol": "; ".join(
+                str(part) for part in (row.source, row.arch, row.asr_convention, row.note) if pd.notna(part)
+            ),
+        }
         for row in known.itertuples()
     ]
     if not lines:
         nothing = "not available"
-        lines = [{"who": "published", "dataset": nothing, "clean budget": nothing, "ACC": nothing, "ASR": nothing, "seeds": nothing,
-                  "source or protocol": "no printed number known: add a row to bdlib/published.csv"}]
+        lines = [
+            {
+                "who": "published",
+                "dataset": nothing,
+                "clean budget": nothing,
+                "ACC": nothing,
+                "ASR": nothing,
+                "seeds": nothing,
+                "source or protocol": "no printed number known: add a row to bdlib/published.csv",
+            }
+        ]
     for row in over_seeds(rows.query("defense == @defense and attack == @attack")).itertuples():
-        lines.append({"who": "ours", "dataset": row.dataset, "clean budget": row.budget, "ACC": _mean_sd(row.acc, row.acc_sd),
-                      "ASR": _mean_sd(row.asr, row.asr_sd), "seeds": row.seeds,
-                      "source or protocol": f"{row.variant}; {row.arch}; profile {row.profile}; target-class images left out of ASR"})
+        lines.append(
+            {
+                "who": "ours",
+                "dataset": row.dataset,
+                "clean budget": row.budget,
+                "ACC": _mean_sd(row.acc, row.acc_sd),
+                "ASR": _mean_sd(row.asr, row.asr_sd),
+                "seeds": row.seeds,
+                "source or protocol": f"{row.variant}; {row.arch}; profile {row.profile}; target-class images left out of ASR",
+            }
+        )
     return pd.DataFrame(lines)
 
 

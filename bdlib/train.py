@@ -10,6 +10,7 @@ from torch import nn
 
 from bdlib.augment import crop_flip, pad_for_crops
 from bdlib.data import Dataset, to_float
+from bdlib.randomness import seeded
 
 VERSION = 1  # part of every stored model's key: raise it when a change here or in models.py alters trained weights
 SCHEDULES = ("cosine", "one_cycle", "constant")
@@ -25,7 +26,9 @@ class TrainConfig:
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    schedule: str = "cosine"  # "cosine" to 0; "one_cycle": up for a fifth of the steps, then down, in straight lines; "constant"
+    schedule: str = (
+        "cosine"  # "cosine" to 0; "one_cycle": up for a fifth of the steps, then down, in straight lines; "constant"
+    )
 
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "lr"):
@@ -35,7 +38,9 @@ class TrainConfig:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
 
 
-def fit(model: nn.Module, dataset: Dataset, config: TrainConfig, *, generator: torch.Generator, watch: Watch = iter) -> nn.Module:
+def fit(
+    model: nn.Module, dataset: Dataset, config: TrainConfig, *, generator: torch.Generator, watch: Watch = iter
+) -> nn.Module:
     """The model itself, trained on the split with cross-entropy and SGD, in eval().
 
     Crops and flips are those that the dataset allows.  The last, incomplete batch of an epoch is left out.
@@ -48,21 +53,24 @@ def fit(model: nn.Module, dataset: Dataset, config: TrainConfig, *, generator: t
     labels = dataset.labels.to(device)
     batch_size = min(config.batch_size, len(dataset))
     steps = len(dataset) // batch_size
-    optimizer = torch.optim.SGD(model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(config.schedule, config.epochs * steps))
-    for epoch in watch(range(config.epochs)):
-        model.train()
-        total = torch.zeros((), device=device)
-        order = torch.randperm(len(dataset), generator=generator).to(device)
-        for picks in order[: steps * batch_size].split(batch_size):
-            images = to_float(crop_flip(padded, picks, dataset.crop_padding, dataset.flip, generator=generator))
-            loss = F.cross_entropy(model(images), labels[picks])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            scheduler.step()
-            total += loss.detach()
-        require_finite(total, f"epoch {epoch + 1} of {config.epochs} at lr {config.lr}")
+    with seeded(generator, device):
+        for epoch in watch(range(config.epochs)):
+            model.train()
+            total = torch.zeros((), device=device)
+            order = torch.randperm(len(dataset), generator=generator).to(device)
+            for picks in order[: steps * batch_size].split(batch_size):
+                images = to_float(crop_flip(padded, picks, dataset.crop_padding, dataset.flip, generator=generator))
+                loss = F.cross_entropy(model(images), labels[picks])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                total += loss.detach()
+            require_finite(total, f"epoch {epoch + 1} of {config.epochs} at lr {config.lr}")
     return model.eval()
 
 
@@ -78,4 +86,6 @@ def lr_factor(schedule: str, steps: int) -> Callable[[int], float]:
 def require_finite(loss: torch.Tensor, where: str) -> None:
     """Raises FloatingPointError if the loss is NaN or infinite: such a model is no result."""
     if not torch.isfinite(loss):
-        raise FloatingPointError(f"the loss became {loss.item()} in {where}: lower the learning rate or check the images")
+        raise FloatingPointError(
+            f"the loss became {loss.item()} in {where}: lower the learning rate or check the images"
+        )

@@ -23,7 +23,9 @@ def patch(pattern: torch.Tensor, margin: int = 0) -> Trigger:
         bottom, right = height - margin, width - margin
         top, left = bottom - pattern.shape[0], right - pattern.shape[1]
         if top < 0 or left < 0:
-            raise ValueError(f"a patch of {tuple(pattern.shape)} with margin {margin} does not fit an image of {height} x {width}")
+            raise ValueError(
+                f"a patch of {tuple(pattern.shape)} with margin {margin} does not fit an image of {height} x {width}"
+            )
         triggered = images.clone()
         triggered[:, :, top:bottom, left:right] = pattern.to(images)
         return triggered
@@ -47,7 +49,8 @@ def blended(alpha: float = 0.2, seed: int = 0) -> Trigger:
     return apply
 
 
-# Name -> how to make the trigger.  Sources: BackdoorBench (white 3 x 3), ANP/RNP/CBD (grid), AWM (white 4 x 4, one pixel off the corner).
+# Name -> how to make the trigger.  Sources: BackdoorBench (white 3 x 3), ANP, RNP, CBD (grid), AWM (white 4 x 4, one pixel off
+# the corner), BackdoorBench and ANP (Blended, alpha .2; theirs blend an image file, ours fixed noise).
 TRIGGERS: dict[str, Callable[[], Trigger]] = {
     "badnets": lambda: patch(WHITE_3),
     "badnets_grid": lambda: patch(GRID_3),

@@ -41,9 +41,13 @@ class AwmConfig:
     adam_epsilon: float = 1e-8  # [c]; see `gamma`
     alpha: float = 0.9  # weight of the clean loss [c]; .99 in the one-shot recipe [r]
     beta: float | None = None  # weight of the perturbed loss; None = 1 - alpha [c]; the paper keeps it free
-    gamma: float = 1e-8  # weight of the L1 norm of the masks [c].  Adam divides by |gradient| + adam_epsilon: where the data's
+    gamma: float = (
+        1e-8  # weight of the L1 norm of the masks [c].  Adam divides by |gradient| + adam_epsilon: where the data's
+    )
     #                      gradient is exactly 0, a gamma as small as adam_epsilon still moves a mask by half a step.
-    tau: float = 1000.0  # bound on the perturbation's L1 norm, in units of pixel values in [0, 1] [c]; 100 for few images [r]
+    tau: float = (
+        1000.0  # bound on the perturbation's L1 norm, in units of pixel values in [0, 1] [c]; 100 for few images [r]
+    )
     lr_decay: float = 1.0  # factor on mask_lr after every outer epoch; 1 = off [c]; .9 in the code's first release
     inner_label: str = "model"  # labels of the inner loss: "model" = its own argmax on x [c]; "true" = y (Alg. 1)
     clamp: bool = True  # clip x + perturbation to [0, 1] in the outer loss [c]; Alg. 1 does not
@@ -52,7 +56,16 @@ class AwmConfig:
     #                                  None = as the dataset says.  DIFFERS: 8% of a drawn or real road sign do not show its class.
 
     def __post_init__(self) -> None:
-        for name in ("outer_epochs", "inner_epochs", "batch_size", "perturbation_lr", "mask_lr", "tau", "lr_decay", "adam_epsilon"):
+        for name in (
+            "outer_epochs",
+            "inner_epochs",
+            "batch_size",
+            "perturbation_lr",
+            "mask_lr",
+            "tau",
+            "lr_decay",
+            "adam_epsilon",
+        ):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.alpha <= 1:
@@ -76,7 +89,9 @@ class AwmResult:
     perturbation: torch.Tensor
 
 
-def awm(model: nn.Module, clean: Dataset, config: AwmConfig, *, generator: torch.Generator, watch: Watch = iter) -> nn.Module:
+def awm(
+    model: nn.Module, clean: Dataset, config: AwmConfig, *, generator: torch.Generator, watch: Watch = iter
+) -> nn.Module:
     """A copy of the model whose convolution weights are masked (Alg. 1, arXiv:2207.04497), in eval().
 
     clean: the defender's images, uint8, with their labels.  The input model is not changed.
@@ -85,7 +100,9 @@ def awm(model: nn.Module, clean: Dataset, config: AwmConfig, *, generator: torch
     return run(model, clean, config, generator=generator, watch=watch).model
 
 
-def run(model: nn.Module, clean: Dataset, config: AwmConfig, *, generator: torch.Generator, watch: Watch = iter) -> AwmResult:
+def run(
+    model: nn.Module, clean: Dataset, config: AwmConfig, *, generator: torch.Generator, watch: Watch = iter
+) -> AwmResult:
     """As `awm`, with the masks and the last perturbation beside the model."""
     frozen = copy.deepcopy(model).eval().requires_grad_(False)  # eval(): batch-norm statistics stay as they are
     images, labels = defense_images(clean, config, next(frozen.parameters()).device, generator=generator)
@@ -141,7 +158,9 @@ def sensitivity(config: AwmConfig) -> dict[str, AwmConfig]:
         "adam_epsilon=1e-06": {"adam_epsilon": 1e-6},
         "lr_decay=0.9": {"lr_decay": 0.9},
     }
-    return {name: replace(config, **change) for name, change in changes.items()} | {"paper's Alg. 1": paper_variant(config)}
+    return {name: replace(config, **change) for name, change in changes.items()} | {
+        "paper's Alg. 1": paper_variant(config)
+    }
 
 
 def defense_images(
@@ -179,7 +198,9 @@ def masked_weights(model: nn.Module, masks: Masks) -> Masks:
     return {name: model.get_parameter(name) * mask for name, mask in masks.items()}
 
 
-def perturbation_step(model: nn.Module, masks: Masks, perturbation: torch.Tensor, batch: Batch, config: AwmConfig) -> torch.Tensor:
+def perturbation_step(
+    model: nn.Module, masks: Masks, perturbation: torch.Tensor, batch: Batch, config: AwmConfig
+) -> torch.Tensor:
     """The perturbation (1, C, H, W) after one step uphill on the masked model's loss (Alg. 1 lines 5-7)."""
     images, labels = batch
     with torch.no_grad():
@@ -199,7 +220,9 @@ def project_l1(perturbation: torch.Tensor, tau: float) -> torch.Tensor:
     return perturbation * (tau / perturbation.abs().sum().clamp(min=1e-12)).clamp(max=1)
 
 
-def mask_loss(model: nn.Module, masks: Masks, perturbation: torch.Tensor, batch: Batch, config: AwmConfig) -> torch.Tensor:
+def mask_loss(
+    model: nn.Module, masks: Masks, perturbation: torch.Tensor, batch: Batch, config: AwmConfig
+) -> torch.Tensor:
     """The objective of the masks, a scalar (Alg. 1 line 11)."""
     images, labels = batch
     perturbed = images + perturbation

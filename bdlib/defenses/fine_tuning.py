@@ -14,7 +14,9 @@ from bdlib.train import TrainConfig, Watch, fit
 CONFIG = TrainConfig(epochs=100, batch_size=256, lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine")
 
 
-def fine_tuning(model: nn.Module, clean: Dataset, config: TrainConfig = CONFIG, *, generator: torch.Generator, watch: Watch = iter) -> nn.Module:
+def fine_tuning(
+    model: nn.Module, clean: Dataset, config: TrainConfig = CONFIG, *, generator: torch.Generator, watch: Watch = iter
+) -> nn.Module:
     """A copy of the model, fine-tuned on the clean images; batch norm trains too.  The batch is never above the budget.
 
     Raises ValueError if there are no clean images, FloatingPointError when the loss is no longer a number.

@@ -1,0 +1,59 @@
+"""Small fixtures: a dataset with three batches an epoch, a network with every kind of layer, a random source."""
+
+import pytest
+import torch
+from torch import nn
+
+from bdlib.data import Dataset
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(7)
+
+
+@pytest.fixture
+def tiny() -> Dataset:
+    """36 images of 3 classes, 8 x 8, told apart by their brightest channel."""
+    source = torch.Generator().manual_seed(1)
+    labels = torch.arange(36) % 3
+    images = torch.randint(0, 120, (36, 3, 8, 8), generator=source)
+    images[torch.arange(36), labels] += 120
+    return Dataset(
+        "tiny", images.to(torch.uint8), labels, ("red", "green", "blue"), crop_padding=1, flip=True, least_area=0.5
+    )
+
+
+@pytest.fixture
+def network() -> nn.Module:
+    """Convolutions with and without bias, batch norm, dropout and a linear layer, in training mode; not one of ours."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        return nn.Sequential(
+            nn.Conv2d(3, 4, 3, padding=1),
+            nn.BatchNorm2d(4),
+            nn.ReLU(),
+            nn.Dropout(0.2),
+            nn.Conv2d(4, 6, 1, bias=False),
+            nn.AdaptiveAvgPool2d(2),
+            nn.Flatten(),
+            nn.Linear(24, 3),
+        )
+
+
+@pytest.fixture
+def untouched():
+    """Fails the test if the global random state changed in it."""
+    before = torch.random.get_rng_state()
+    yield
+    assert torch.equal(before, torch.random.get_rng_state()), "the global random state was touched"
+
+
+def state(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)

@@ -1,0 +1,76 @@
+"""Arrows point down: what each module of bdlib may import of bdlib.  A defense must not see what a defender does not hold."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "bdlib"
+ALLOWED = {
+    "files": set(),
+    "randomness": set(),
+    "signs": set(),
+    "augment": set(),
+    "triggers": set(),
+    "results": {"files"},
+    "figures": {"files"},
+    "store": {"files"},
+    "data": {"files", "signs"},
+    "models": {"randomness"},
+    "train": {"augment", "data", "randomness"},
+    "metrics": {"data"},
+    "poison": {"data", "triggers"},
+    "profiles": {"train"},
+    "report": {"figures", "results"},
+    "defenses": {"augment", "data", "explain", "randomness", "train"},  # never triggers, poison, metrics
+    "experiment": {"data", "metrics", "models", "poison", "profiles", "results", "store", "train"},
+    "grid": {"data", "experiment", "files", "profiles"},
+}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
+
+
+def imported(path: Path) -> set[str]:
+    """First name below bdlib of everything that the file imports of it, at the top or inside a function."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "bdlib":
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("bdlib."):
+            found.add(node.module.split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("bdlib.")}
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down(path):
+    layer = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert layer in ALLOWED, f"{path.name}: say in tests/test_imports.py what it may import"
+    assert imported(path) <= ALLOWED[layer]
+
+
+def test_the_rules_have_no_circle():
+    done = set()
+    while len(done) < len(ALLOWED):
+        free = {name for name, below in ALLOWED.items() if name not in done and below - {"explain"} <= done}
+        assert free, f"a circle among {set(ALLOWED) - done}"
+        done |= free
+
+
+def test_only_light_packages_are_needed_to_import():
+    """bdlib can be imported where only torch, torchvision, numpy, pandas, matplotlib and seaborn are."""
+    light = {"torch", "torchvision", "numpy", "pandas", "matplotlib", "seaborn", "bdlib"}
+    for path in FILES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            names = (
+                [alias.name for alias in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
+            for name in names:
+                top = name.split(".")[0]
+                assert top in light or top in __import__("sys").stdlib_module_names, (
+                    f"{path.name} imports {name} at the top"
+                )

@@ -1,0 +1,67 @@
+"""The claims: each notebook's rows against the bands of key_numbers.csv, for the stored seeds and for a run made here.
+
+The run made here is the README's main job: runall.py at its defaults.
+"""
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+import runall
+from bdlib import experiment, results
+
+ROOT = Path(__file__).parents[1]
+BANDS = pd.read_csv(ROOT / "tests" / "key_numbers.csv")
+SEEDS = {0, 1, 2}
+
+
+def outside(rows: pd.DataFrame, bands: pd.DataFrame) -> list[str]:
+    """A line for each band that the mean over the seeds of these rows misses, or that has no row."""
+    rows = rows.assign(acc_drop=rows["acc_before"] - rows["acc"])
+    wrong = []
+    for band in bands.itertuples():
+        values = rows.query("notebook == @band.notebook").query(band.where)[band.quantity]
+        if values.empty or not band.low <= values.mean() <= band.high:
+            wrong.append(
+                f"{band.notebook}, {band.where}: {band.quantity} {values.mean():.3f} is outside {band.low} to {band.high}: {band.why}"
+            )
+    return wrong
+
+
+def test_stored_rows_of_three_seeds_keep_the_claims():
+    rows = results.load(ROOT / "figures" / "awm_rows.csv").query("dataset == 'signs'")
+    bands = BANDS[BANDS["notebook"] == "02_awm"]
+    for where in bands["where"].unique():
+        assert set(rows.query(where)["seed"]) == SEEDS
+    assert outside(rows, bands) == []
+
+
+@pytest.fixture(scope="session")
+def main_job(tmp_path_factory):
+    """The rows of the main job, run now; its models go to the usual store."""
+    out = tmp_path_factory.mktemp("main_job")
+    assert runall.main(["--out", str(out)]) == 0
+    return out
+
+
+def test_the_main_job_keeps_the_claims(main_job):
+    assert outside(results.load(main_job / "results.csv"), BANDS) == []
+
+
+def test_the_main_job_is_not_done_twice(main_job, capsys):
+    stamps = {path: path.stat().st_mtime_ns for path in main_job.rglob("executed.ipynb")}
+    assert len(stamps) == len(list((ROOT / "notebooks").glob("*.ipynb")))
+    assert runall.main(["--out", str(main_job)]) == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in main_job.rglob("executed.ipynb")}
+
+
+def test_models_came_from_or_went_to_the_store(main_job):
+    assert list((experiment.home() / "store").glob("*.safetensors"))
+
+
+def test_a_band_that_is_missed_is_seen():
+    rows = results.load(ROOT / "figures" / "awm_rows.csv").query("dataset == 'signs'")
+    bands = BANDS[BANDS["quantity"] == "asr"].query("notebook == '02_awm' and low == 0")
+    assert len(bands) == 2 and len(outside(rows.assign(asr=0.3), bands)) == 2
+    assert len(outside(rows.head(0), bands)) == 2

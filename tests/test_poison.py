@@ -1,0 +1,96 @@
+"""Which images are poisoned, what becomes of them, and the triggered test set."""
+
+import pytest
+import torch
+
+from bdlib import poison, triggers
+from bdlib.data import replace, to_float
+from bdlib.poison import Attack
+
+
+def test_just_the_chosen_images_change_and_get_the_target(tiny, generator, untouched):
+    before = tiny.images.clone()
+    out = poison.poison(tiny, Attack(name="badnets", target_label=2, poison_rate=0.25), generator=generator)
+    chosen = torch.zeros(36, dtype=torch.bool)
+    chosen[out.indices] = True
+    assert chosen.sum() == 9 and torch.equal(tiny.images, before)
+    assert torch.equal(out.train.images[~chosen], tiny.images[~chosen]) and torch.equal(
+        out.train.labels[~chosen], tiny.labels[~chosen]
+    )
+    assert (out.train.labels[chosen] == 2).all() and (out.train.images[chosen][:, :, 5:, 5:] == 255).all()
+
+
+def test_pixels_are_the_trigger_rounded_once(tiny, generator):
+    out = poison.poison(tiny, Attack(name="blended", poison_rate=1.0), generator=generator)
+    expected = (triggers.make("blended")(to_float(tiny.images)) * 255).round().to(torch.uint8)
+    assert torch.equal(out.train.images, expected)
+
+
+def test_pool_non_target_leaves_the_targets_own_images_alone(tiny, generator):
+    out = poison.poison(
+        tiny, Attack(name="badnets", target_label=1, poison_rate=0.5, pool="non_target"), generator=generator
+    )
+    assert (tiny.labels[out.indices] != 1).all() and len(out.indices) == 18
+
+
+def test_pool_all_takes_the_targets_own_images_too(tiny, generator):
+    out = poison.poison(tiny, Attack(name="badnets", target_label=1, poison_rate=1.0), generator=generator)
+    assert len(out.indices) == 36
+
+
+def test_all_to_all_calls_every_class_the_next(tiny, generator):
+    out = poison.poison(tiny, Attack(name="badnets_a2a", poison_rate=1.0), generator=generator)
+    assert torch.equal(out.train.labels, (tiny.labels + 1) % 3)
+
+
+def test_no_pixel_wraps_around(tiny, generator, monkeypatch):
+    monkeypatch.setitem(triggers.TRIGGERS, "bright", lambda: lambda images: images + 0.7)
+    out = poison.poison(tiny, Attack(name="bright", poison_rate=1.0), generator=generator)
+    assert (out.train.images >= tiny.images).all() and out.train.images.max() == 255
+
+
+def test_triggered_test_set_holds_true_labels_and_wanted_ones(tiny):
+    out = poison.triggered_test(tiny, Attack(name="badnets", target_label=2))
+    assert (
+        torch.equal(out.test.labels, tiny.labels)
+        and (out.wanted == 2).all()
+        and (out.test.images[:, :, 5:, 5:] == 255).all()
+    )
+
+
+def test_the_generator_alone_decides_who_is_poisoned(tiny):
+    draw = lambda seed: poison.poison(
+        tiny, Attack(name="badnets"), generator=torch.Generator().manual_seed(seed)
+    ).indices.tolist()
+    assert draw(0) == draw(0) != draw(1)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "badnet"}, "attack must be one of badnets, .*badnets_a2a.* got 'badnet'"),
+        ({"poison_rate": 0}, r"poison_rate must be in \(0, 1\], got 0"),
+        ({"poison_rate": 1.2}, r"poison_rate must be in \(0, 1\], got 1.2"),
+        ({"pool": "some"}, "pool must be one of all, non_target, got 'some'"),
+    ],
+)
+def test_values_out_of_range_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        Attack(**{"name": "badnets", **values})
+
+
+@pytest.mark.parametrize("label", [-1, 3, 10])
+def test_a_target_outside_the_classes_is_refused(tiny, generator, label):
+    with pytest.raises(ValueError, match=f"target_label must be between 0 and 2, got {label}"):
+        poison.poison(tiny, Attack(name="badnets", target_label=label), generator=generator)
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.9])
+def test_a_rate_that_the_pool_cannot_give_is_refused(tiny, generator, rate):
+    with pytest.raises(ValueError, match="the pool 'non_target' allows 1 to 24"):
+        poison.poison(tiny, Attack(name="badnets", poison_rate=rate, pool="non_target"), generator=generator)
+
+
+def test_gray_images_are_poisoned_too(tiny, generator):
+    gray = replace(tiny, images=tiny.images[:, :1])
+    assert poison.poison(gray, Attack(name="blended"), generator=generator).train.images.shape == gray.images.shape

@@ -1,0 +1,90 @@
+"""The project's own promises: one list of dependencies, notebooks that keep the rules."""
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+from bdlib import grid, profiles
+
+ROOT = Path(__file__).parents[1]
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
+CONDA_NAMES = {"torch": "pytorch"}
+
+
+def test_environment_yml_repeats_pyproject():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = (
+        project["dependencies"] + project["optional-dependencies"]["test"] + [f"python{project['requires-python']}"]
+    )
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    listed = [line for line in conda if isinstance(line, str) and line != "pip"]
+    renamed = [re.sub(r"^[\w-]+", lambda match: CONDA_NAMES.get(match[0], match[0]), line) for line in wanted]
+    assert sorted(listed) == sorted(renamed)
+
+
+def test_version_is_the_same_everywhere():
+    import bdlib
+
+    assert bdlib.__version__ == tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert f"version: {bdlib.__version__}" in (ROOT / "CITATION.cff").read_text()
+
+
+def test_five_papers_are_cited():
+    references = yaml.safe_load((ROOT / "CITATION.cff").read_text())["references"]
+    assert len(references) == 5 and all(reference["authors"] and reference["year"] for reference in references)
+
+
+def code_cells(path):
+    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
+
+
+@pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
+def notebook(request):
+    return request.param
+
+
+def test_notebook_is_stored_as_executed_top_to_bottom(notebook):
+    cells = code_cells(notebook)
+    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
+    assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
+    assert notebook.stat().st_size < 1_500_000
+
+
+def test_notebook_is_thin(notebook):
+    cells = ["".join(cell["source"]) for cell in code_cells(notebook)]
+    assert 16 <= len(cells) <= 24 and max(len(cell.splitlines()) for cell in cells) <= 12
+    assert not re.search(r"^\s*(def|class|try)\b", "\n".join(cells), re.M)
+
+
+def test_notebook_has_enough_words_and_not_too_many(notebook):
+    prose = [
+        "".join(cell["source"])
+        for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+        if cell["cell_type"] == "markdown"
+    ]
+    assert 600 <= len(re.findall(r"\S+", "\n".join(prose))) <= 1200
+
+
+def test_parameters_are_the_quick_profiles(notebook):
+    values = grid.notebook_parameters(notebook)
+    assert values | profiles.defaults("quick") == values
+    assert {*grid.AXES, "profile", "out"} <= set(values)
+
+
+def test_every_parameter_has_a_comment(notebook):
+    source = "".join(
+        next(cell for cell in code_cells(notebook) if "parameters" in cell["metadata"].get("tags", []))["source"]
+    )
+    assert all("  # " in line for line in source.splitlines())
+
+
+def test_the_readme_names_real_notebooks_and_make_targets():
+    text = (ROOT / "README.md").read_text()
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.M)
+    assert set(re.findall(r"make (\w+)", text)) - {"it"} <= set(targets)
+    for name in re.findall(r"notebooks/(\w+\.ipynb)", text):
+        assert (ROOT / "notebooks" / name).exists()

@@ -1,0 +1,92 @@
+"""Rows, their files, means over seeds, and printed numbers beside ours."""
+
+import pandas as pd
+import pytest
+
+from bdlib import results
+
+
+def row(**values):
+    base = dict.fromkeys(results.COLUMNS, 0)
+    words = dict(
+        notebook="02_awm",
+        profile="quick",
+        dataset="signs",
+        arch="a",
+        attack="blended",
+        defense="awm",
+        variant="soft",
+        config="{}",
+        config_sha256="x",
+        dataset_sha256="y",
+    )
+    return base | words | values
+
+
+def test_rows_survive_the_file_to_the_bit(tmp_path):
+    rows = results.table([row(acc=1 / 3, asr=0.1, seed=1), row(acc=0.97, seed=2, config='{"a": 1}')])
+    results.save(rows, tmp_path / "deep" / "rows.csv")
+    pd.testing.assert_frame_equal(results.load(tmp_path / "deep" / "rows.csv"), rows, check_dtype=False)
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["rows.csv"]
+
+
+@pytest.mark.parametrize("wrong", [{"acurracy": 1}, {"-": "asr"}])
+def test_a_row_with_other_columns_is_refused(wrong):
+    bad = row() | wrong
+    if "-" in wrong:
+        bad = {name: value for name, value in row().items() if name != "asr"}
+    with pytest.raises(ValueError, match="missing or unknown: (acurracy|asr)"):
+        results.table([bad])
+
+
+def test_a_file_of_something_else_is_refused_by_name(tmp_path):
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match=r"other\.csv is no table of results: it lacks paper"):
+        results.load(tmp_path / "other.csv")
+
+
+def test_mean_and_deviation_over_seeds_alone():
+    rows = results.table(
+        [row(seed=s, acc=a, budget=b) for s, a, b in [(0, 0.8, 10), (1, 0.9, 10), (2, 1.0, 10), (0, 0.5, 20)]]
+    )
+    means = results.over_seeds(rows)
+    assert (
+        means["acc"].tolist() == pytest.approx([0.9, 0.5])
+        and means["acc_sd"].iloc[0] == pytest.approx(0.1)
+        and means["seeds"].tolist() == [3, 1]
+    )
+
+
+def test_every_printed_number_has_its_source_and_is_a_percentage():
+    known = results.published()
+    assert known["source"].notna().all() and len(known) > 700
+    for column in ("acc", "asr", "acc_before", "asr_before"):
+        assert known[column].dropna().between(0, 100).all()
+
+
+def test_a_printed_row_is_where_it_should_be():
+    known = results.published().query(
+        "defense == 'fine_tuning' and attack == 'blended' and source.str.contains('Table 1')"
+    )
+    assert known[["acc_before", "asr_before", "acc", "asr"]].values.tolist() == [[93.44, 97.71, 92.48, 82.22]]
+
+
+def test_paper_vs_ours_puts_printed_and_measured_side_by_side():
+    rows = results.table([row(seed=s, acc=0.9 + s / 100, asr=0.02, budget=200) for s in range(3)])
+    table = results.paper_vs_ours(rows, "awm", "blended")
+    assert (
+        table["who"].tolist()[-1] == "ours"
+        and table["ACC"].iloc[-1] == "91.0 ± 1.0"
+        and (table["who"] == "published").sum() >= 1
+    )
+    assert table["source or protocol"].str.contains("arXiv").any()
+
+
+def test_where_nothing_is_printed_it_says_so():
+    table = results.paper_vs_ours(results.table([row(attack="badnets_4x4")]), "awm", "badnets_4x4")
+    assert table["ACC"].tolist() == ["not available", "0.0"] and "not available" in table["ASR"].tolist()
+
+
+def test_percent_touches_the_named_columns_alone():
+    shown = results.percent(results.table([row(acc=0.12345, seconds=0.5)]))
+    assert shown["acc"].iloc[0] == 12.3 and shown["seconds"].iloc[0] == 0.5

@@ -1,0 +1,200 @@
+"""runall.py: bad arguments stop it before anything starts; runs are isolated, resumed, and their failures named."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+
+import runall
+from bdlib import grid, results
+from tests.test_results import row
+
+ROOT = Path(__file__).parents[1]
+PARAMETERS = """
+profile = "quick"
+dataset = "signs"
+attack = "blended"
+arch = "preact_resnet18:8"
+budget = 200
+poison_rate = 0.1
+target_label = 0
+seed = 0
+mood = "calm"
+out = "nowhere"
+"""
+WRITE_ROWS = f"""
+from pathlib import Path
+import csv
+row = {row()!r} | dict(notebook="00_backdoors", budget=budget, seed=seed)
+with open(Path(out) / "rows.csv", "w") as file:
+    writer = csv.DictWriter(file, row)
+    writer.writeheader()
+    writer.writerow(row)
+"""
+TROUBLE = """
+import os, time
+if mood == "angry":
+    raise RuntimeError("the moon is wrong")
+if mood == "slow":
+    time.sleep(60)
+if mood == "fatal":
+    os.kill(os.getpid(), 9)
+"""
+
+
+@pytest.fixture
+def notebooks(tmp_path, monkeypatch):
+    """A folder with one light notebook under a known name."""
+    folder = tmp_path / "notebooks"
+    folder.mkdir()
+    cells = [
+        nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell(TROUBLE),
+        nbformat.v4.new_code_cell(WRITE_ROWS),
+    ]
+    metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / "00_backdoors.ipynb")
+    monkeypatch.setattr(runall, "NOTEBOOKS", folder)
+    return folder
+
+
+@pytest.fixture
+def call(notebooks, tmp_path):
+    """Call runall.py with these arguments; the exit code."""
+    return lambda *arguments: runall.main([*arguments, "--out", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only", "07_none"], "--only must name notebooks out of 00_backdoors, got 07_none"),
+        (
+            ["--dataset", "cifar11"],
+            "dataset must be one of signs, digits, cifar10, gtsrb or folder:PATH, got 'cifar11'",
+        ),
+        (["--dataset", "folder:/nowhere"], "needs an existing folder, got '/nowhere'"),
+        (["--attack", "blend"], "attack must be one of badnets"),
+        (["--arch", "resnet19"], "arch must be one of preact_resnet18"),
+        (["--profile", "fast"], "profile must be one of quick, paper, got 'fast'"),
+        (["--budget", "0"], "budget must be between 10 (one image a class) and 5000"),
+        (["--budget", "-3"], "got -3"),
+        (["--budget", "5001"], "got 5001 = 5001 images"),
+        (["--budget", "5%%"], "got '5%%'"),
+        (["--budget", "0.1%"], "got '0.1%' = 5 images"),
+        (["--poison-rate", "0"], "poison_rate must be in (0, 1], got 0.0"),
+        (["--poison-rate", "1.5"], "poison_rate must be in (0, 1], got 1.5"),
+        (["--target-label", "10"], "target_label must be between 0 and 9, got 10"),
+        (["--seed", "-1"], "seed must be a whole number from 0 on, got -1"),
+        (["--set", "budgett=3"], "unknown parameter 'budgett'; it has profile, dataset"),
+        (["--set", "mood=3"], "parameter mood must be like 'calm', got 3"),
+        (["--set", "mood"], "--set takes NAME=VALUE, got 'mood'"),
+    ],
+)
+def test_bad_arguments_stop_it_before_anything_starts(call, tmp_path, capsys, arguments, message):
+    assert call(*arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_all_complaints_come_at_once(call, capsys):
+    assert call("--attack", "blend", "badnets", "--seed", "0", "-1", "--budget", "7") == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and len(set(lines)) == 3
+
+
+@pytest.mark.parametrize("arguments", [["--budgett", "3"], ["--seed", "one"], ["--poison-rate", "a lot"]])
+def test_what_argparse_refuses_exits_with_2(call, arguments, capsys):
+    with pytest.raises(SystemExit) as stop:
+        call(*arguments)
+    assert stop.value.code == 2
+
+
+def test_every_combination_once_and_the_profiles_values_where_none_is_given(notebooks, tmp_path):
+    path = [notebooks / "00_backdoors.ipynb"]
+    runs = grid.plan(path, "quick", {"budget": [10, "5%"], "seed": [0, 1, 2], "dataset": None}, {}, tmp_path)
+    assert len({run.folder for run in runs}) == 6 and {run.parameters["arch"] for run in runs} == {"preact_resnet18:8"}
+    paper = grid.plan(path, "paper", {"dataset": ["gtsrb"], "arch": None}, {}, tmp_path)[0].parameters
+    assert (paper["arch"], paper["dataset"], paper["budget"], paper["profile"]) == (
+        "preact_resnet18",
+        "gtsrb",
+        500,
+        "paper",
+    )
+    assert grid.plan(path, "paper", {"arch": ["wrn_16_1"]}, {}, tmp_path)[0].parameters["arch"] == "wrn_16_1"
+
+
+def test_dry_run_starts_nothing(call, tmp_path, capsys):
+    assert call("--dry-run", "--seed", "0", "1") == 0
+    assert "2 runs to do" in capsys.readouterr().out and not (tmp_path / "out").exists()
+
+
+def test_a_run_is_executed_once_until_something_changes(call, notebooks, tmp_path, capsys):
+    executed = lambda: {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("executed.ipynb")}
+    assert call() == 0
+    first = executed()
+    assert len(first) == 1 and results.load(tmp_path / "out" / "results.csv")["budget"].tolist() == [200]
+    assert call() == 0 and executed() == first
+    assert "1 finished before" in capsys.readouterr().out
+    next((tmp_path / "out").rglob("rows.csv")).unlink()
+    assert call() == 0 and executed() != first, "a run without its rows is not finished"
+    second = executed()
+    assert call("--force") == 0 and executed() != second
+    third = executed()
+    source = (notebooks / "00_backdoors.ipynb").read_text().replace("time.sleep(60)", "time.sleep(61)")
+    (notebooks / "00_backdoors.ipynb").write_text(source)
+    assert call() == 0 and executed() != third, "a changed notebook runs again"
+
+
+def test_a_failed_run_is_named_and_the_others_go_on(call, tmp_path, capsys):
+    assert call("--set", "mood=angry") == 1
+    shown = capsys.readouterr().out
+    assert "FAILED" in shown and "RuntimeError: the moon is wrong" in shown and "1 failed" in shown
+    kept = next((tmp_path / "out").rglob("executed.ipynb"))
+    assert any(
+        output["output_type"] == "error"
+        for cell in json.loads(kept.read_text())["cells"]
+        if cell["cell_type"] == "code"
+        for output in cell["outputs"]
+    )
+    assert not list((tmp_path / "out").rglob("done.json")) and not (tmp_path / "out" / "results.csv").exists()
+
+
+def test_a_dead_kernel_and_a_timeout_are_failures(call, tmp_path):
+    assert call("--set", "mood=fatal") == 1
+    start = time.monotonic()
+    assert call("--set", "mood=slow", "--timeout", "0.1") == 1
+    assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize(("sign", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_ctrl_c_and_kill_lose_only_what_was_in_flight(call, notebooks, tmp_path, sign, code):
+    assert call("--seed", "0") == 0
+    done = next((tmp_path / "out").rglob("done.json"))
+    before = done.stat().st_mtime_ns
+    script = f"import sys, pathlib, runall; runall.NOTEBOOKS = pathlib.Path({str(notebooks)!r}); sys.exit(runall.main(sys.argv[1:]))"
+    arguments = ["--seed", "0", "1", "--set", "mood=slow", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not list((tmp_path / "out").rglob("log.txt"))[1:] and time.monotonic() < deadline:
+        time.sleep(0.1)
+    time.sleep(3)
+    os.kill(process.pid, sign)
+    assert process.wait(30) == code
+    assert done.stat().st_mtime_ns == before and len(list((tmp_path / "out").rglob("done.json"))) == 1
+    assert call("--seed", "0", "1") == 0
+    assert len(list((tmp_path / "out").rglob("done.json"))) == 2 and done.stat().st_mtime_ns == before
+
+
+def test_help_teaches_by_examples(capsys):
+    with pytest.raises(SystemExit):
+        runall.main(["--help"])
+    shown = capsys.readouterr().out
+    assert "examples:" in shown and "--dry-run" in shown and '("5%")' in shown

@@ -1,0 +1,117 @@
+"""The training loop: one step by hand, schedules, the same bits twice, and errors instead of bad results."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bdlib import models, train
+from bdlib.data import replace
+from bdlib.train import TrainConfig
+from tests.conftest import same, state
+
+
+def test_one_step_is_sgd_with_momentum_and_weight_decay(tiny):
+    plain = replace(tiny, crop_padding=0, flip=False)
+    start = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    model.load_state_dict(start.state_dict())
+    train.fit(
+        model,
+        plain,
+        TrainConfig(epochs=1, batch_size=36, lr=0.5, weight_decay=0.1, schedule="constant"),
+        generator=torch.Generator(),
+    )
+    loss = F.cross_entropy(start(plain.floats()), plain.labels)
+    gradient = torch.autograd.grad(loss, start[1].weight)[0] + 0.1 * start[1].weight
+    assert torch.allclose(model[1].weight, start[1].weight - 0.5 * gradient, atol=1e-6)
+
+
+def test_every_image_is_seen_once_an_epoch(tiny, monkeypatch):
+    seen = []
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    monkeypatch.setattr(train, "crop_flip", lambda padded, picks, *_, generator: (seen.append(picks), padded[picks])[1])
+    train.fit(
+        model,
+        replace(tiny, crop_padding=0),
+        TrainConfig(epochs=2, batch_size=12),
+        generator=torch.Generator().manual_seed(0),
+    )
+    assert [len(picks) for picks in seen] == [12] * 6
+    assert sorted(torch.cat(seen[:3]).tolist()) == list(range(36))
+    assert torch.cat(seen[:3]).tolist() != torch.cat(seen[3:]).tolist() != list(range(36))
+
+
+def test_a_batch_is_never_larger_than_the_split(tiny, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        train, "crop_flip", lambda padded, picks, *_, generator: (sizes.append(len(picks)), padded[picks])[1]
+    )
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    train.fit(model, replace(tiny, crop_padding=0), TrainConfig(epochs=3, batch_size=500), generator=torch.Generator())
+    assert sizes == [36, 36, 36]
+
+
+def test_training_learns_and_ends_in_eval(tiny, network, generator):
+    train.fit(network, tiny, TrainConfig(epochs=20, batch_size=12, lr=0.1), generator=generator)
+    assert not network.training
+    assert (network(tiny.floats()).argmax(1) == tiny.labels).float().mean() > 0.9
+
+
+def test_the_same_seed_gives_the_same_bits(tiny, untouched):
+    def once(seed):
+        source = torch.Generator().manual_seed(seed)
+        model = models.build("preact_resnet18:2", tiny.images, 3, generator=source)
+        return state(train.fit(model, tiny, TrainConfig(epochs=2, batch_size=12, lr=0.1), generator=source))
+
+    assert same(once(0), once(0)) and not same(once(0), once(1))
+
+
+# If this fails, trained weights changed: raise train.VERSION, so that no stored model passes for a new one, then the number here.
+def test_version_stands_for_these_weights(tiny):
+    source = torch.Generator().manual_seed(0)
+    model = models.build("preact_resnet18:2", tiny.images, 3, generator=source)
+    train.fit(model, tiny, TrainConfig(epochs=1, batch_size=12, lr=0.1), generator=source)
+    assert (train.VERSION, model.linear.weight.abs().sum().item()) == (1, pytest.approx(6.2137, rel=1e-3))
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("cosine", [1, 0.854, 0.5, 0.146, 0]),
+        ("one_cycle", [0.05, 0.938, 0.625, 0.313, 0]),
+        ("constant", [1, 1, 1, 1, 1]),
+    ],
+)
+def test_schedules_at_quarters_of_the_way(schedule, expected):
+    factor = train.lr_factor(schedule, 100)
+    assert [factor(step) for step in (0, 25, 50, 75, 100)] == pytest.approx(expected, abs=1e-3)
+
+
+def test_one_cycle_peaks_at_a_fifth():
+    factor = train.lr_factor("one_cycle", 100)
+    assert max(range(101), key=factor) in (19, 20) and factor(19) == pytest.approx(1)
+
+
+def test_a_loss_that_is_no_number_is_an_error(tiny, network, generator):
+    with pytest.raises(FloatingPointError, match=r"loss became (nan|inf) in epoch 1 of 3 at lr 1e\+30"):
+        train.fit(network, tiny, TrainConfig(epochs=3, batch_size=12, lr=1e30), generator=generator)
+
+
+def test_an_empty_split_is_an_error(tiny, network, generator):
+    with pytest.raises(ValueError, match="at least one image"):
+        train.fit(network, tiny.subset(slice(0)), TrainConfig(), generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"epochs": 0}, "epochs must be above 0, got 0"),
+        ({"lr": -1.0}, "lr must be above 0, got -1.0"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"schedule": "step"}, "schedule must be one of"),
+    ],
+)
+def test_values_out_of_range_are_refused(values, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**values)
