@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -40,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         failed = run_each(waiting, options)
     except KeyboardInterrupt:
-        console.print("[bold]stopped.[/] What was finished is kept; the same command goes on from there.")
+        say("[bold]stopped.[/] What was finished is kept; the same command goes on from there.")
         return 130
     finally:
         write_results(runs, options.out)
@@ -147,20 +148,18 @@ def run_each(waiting: list[grid.Run], options: argparse.Namespace) -> list[grid.
             display.remove_task(task)
             display.advance(whole)
             if well:
-                console.print(f"[green]done[/]    {run.name}  {seconds:.0f} s")
+                say(f"[green]done[/]    {escape(run.name)}  {seconds:.0f} s")
             else:
                 failed.append(run)
-                console.print(
-                    f"[red]FAILED[/]  {run.name}  {seconds:.0f} s: {grid.last_error(run)}", highlight=False, markup=True
-                )
-                console.print(f"        log: {run.folder / 'log.txt'}", highlight=False)
+                say(f"[red]FAILED[/]  {escape(run.name)}  {seconds:.0f} s: {escape(grid.last_error(run))}")
+                say(f"        log: {escape(str(run.folder / 'log.txt'))}")
     return failed
 
 
 def show_plan(waiting: list[grid.Run], skipped: list[grid.Run]) -> None:
     for run in waiting:
-        console.print(f"would run  {run.name}", highlight=False)
-    console.print(f"{len(waiting)} runs to do, {len(skipped)} finished before; nothing was started")
+        say(f"would run  {escape(run.name)}")
+    say(f"{len(waiting)} runs to do, {len(skipped)} finished before; nothing was started")
 
 
 def write_results(runs: list[grid.Run], out: Path) -> None:
@@ -191,10 +190,14 @@ def closing_table(runs: list[grid.Run], skipped: list[grid.Run], failed: list[gr
                 str(row.seeds),
             )
         console.print(table)
-    console.print(
-        f"{len(runs)} runs: {len(runs) - len(skipped) - len(failed)} done now, {len(skipped)} finished before, {len(failed)} failed"
-    )
-    console.print(f"rows: {out / 'results.csv'}   notebooks: {out}/NOTEBOOK/RUN/executed.ipynb", highlight=False)
+    done = len(runs) - len(skipped) - len(failed)
+    say(f"{len(runs)} runs: {done} done now, {len(skipped)} finished before, {len(failed)} failed")
+    say(f"rows: {escape(str(out / 'results.csv'))}   notebooks: {escape(str(out))}/NOTEBOOK/RUN/executed.ipynb")
+
+
+def say(line: str) -> None:
+    """A line for the terminal, never broken: paths and errors can be copied."""
+    console.print(line, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -79,7 +79,8 @@ def poison(train: Dataset, attack: Attack, *, generator: torch.Generator) -> Poi
     count = round(attack.poison_rate * len(train))
     if not 1 <= count <= len(eligible):
         raise ValueError(
-            f"poison_rate {attack.poison_rate} of {len(train)} images means {count}; the pool {attack.pool!r} allows 1 to {len(eligible)}"
+            f"poison_rate {attack.poison_rate} of {len(train)} images means {count}; "
+            f"the pool {attack.pool!r} allows 1 to {len(eligible)}"
         )
     chosen = eligible[torch.randperm(len(eligible), generator=generator)[:count]].sort().values
     picks = chosen.to(train.images.device)
