@@ -74,7 +74,7 @@ def budget_curve(rows: pd.DataFrame, value: str, ax: Axes) -> Axes:
     ax.axhline(before, color=COLORS["no defense"], linestyle="--", linewidth=1, label="no defense")
     ax.set(xscale="log", xlabel="clean budget (images)", ylabel=METRICS[value], ylim=(-4, 104))
     budgets = sorted(rows["budget"].unique())
-    ax.set_xticks(budgets, [str(budget) for budget in budgets])
+    ax.set_xticks(budgets, [str(budget) for budget in budgets], fontsize=8)
     ax.minorticks_off()
     ax.legend(title=None, fontsize=8)
     return ax

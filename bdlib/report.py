@@ -27,7 +27,7 @@ def budget_figure(rows: pd.DataFrame) -> plt.Figure:
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for value, ax in zip(("asr", "acc"), axes, strict=True):
         figures.budget_curve(chosen, value, ax)
-    axes[1].get_legend().remove()
+    axes[0].get_legend().remove()
     figure.suptitle(setting_title(chosen), fontsize=10)
     return figure
 
