@@ -182,9 +182,9 @@ def _folder(spec: str) -> dict[str, np.ndarray]:
 
 def _resized(tree, pixels: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
     """Images uint8 (N, pixels, pixels, 3) RGB, labels and class names of a torchvision dataset of pictures."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
-    pairs = tqdm(tree, desc="reading images", leave=False)
+    pairs = tqdm(tree, desc="reading images", leave=False, mininterval=1)
     images, labels = zip(
         *((np.asarray(image.convert("RGB").resize((pixels, pixels))), label) for image, label in pairs), strict=True
     )

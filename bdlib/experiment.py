@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -170,9 +171,10 @@ def backdoored_model(setting: Setting, poisoned: poison.Poisoned, device: torch.
 
 def progress(epochs: range) -> Iterator[int]:
     """The epochs, with a progress bar that shows the time left."""
-    from tqdm.auto import tqdm
+    from tqdm import tqdm
 
-    return iter(tqdm(epochs, unit="epoch", leave=False))
+    # Plain text on stdout: a stored notebook shows it without widgets, and not as an error.
+    return iter(tqdm(epochs, unit="epoch", leave=False, mininterval=1, file=sys.stdout))
 
 
 @contextmanager

@@ -27,6 +27,12 @@ def method_name(defense: str, variant: str) -> str:
     }.get((defense, variant), f"{defense}, {variant}")
 
 
+def labels(rows: pd.DataFrame) -> list[str]:
+    """For each row its method with the clean budget, as a figure's axis shows it."""
+    triples = zip(rows["defense"], rows["variant"], rows["budget"], strict=True)
+    return [f"{method_name(defense, variant)}, {budget} images" for defense, variant, budget in triples]
+
+
 def image_strip(images: torch.Tensor, ax: Axes, title: str = "") -> Axes:
     """Images, float (N, C, H, W) in [0, 1], side by side with a white gap."""
     padded = torch.nn.functional.pad(images.detach().cpu().float().clamp(0, 1), (1, 1, 1, 1), value=1.0)
@@ -80,41 +86,22 @@ def budget_curve(rows: pd.DataFrame, value: str, ax: Axes) -> Axes:
     return ax
 
 
-def sensitivity(rows: pd.DataFrame, ax: Axes) -> Axes:
-    """ACC and ASR for each variant of a method: every seed a point, a bar at the mean."""
-    tidy = rows.melt(id_vars=["variant", "seed"], value_vars=["acc", "asr"], var_name="metric", value_name="share")
+def acc_and_asr(rows: pd.DataFrame, label: str, ax: Axes) -> Axes:
+    """ACC and ASR, one line for each value of the column `label`: every seed a point, a bar at the mean."""
+    tidy = rows.melt(id_vars=[label, "seed"], value_vars=["acc", "asr"], var_name="metric", value_name="share")
     tidy = tidy.assign(percent=100 * tidy["share"], metric=tidy["metric"].str.upper())
-    colors = {"ACC": _PALETTE[0], "ASR": _PALETTE[3]}
-    sns.stripplot(tidy, x="percent", y="variant", hue="metric", palette=colors, alpha=0.7, jitter=False, ax=ax)
-    sns.pointplot(
-        tidy,
-        x="percent",
-        y="variant",
-        hue="metric",
-        palette=colors,
-        linestyle="none",
-        marker="|",
-        markersize=14,
-        errorbar=None,
-        legend=False,
-        ax=ax,
-    )
+    common = {
+        "x": "percent",
+        "y": label,
+        "hue": "metric",
+        "palette": {"ACC": _PALETTE[0], "ASR": _PALETTE[3]},
+        "ax": ax,
+    }
+    sns.stripplot(tidy, alpha=0.7, jitter=False, **common)
+    sns.pointplot(tidy, linestyle="none", marker="|", markersize=14, errorbar=None, legend=False, **common)
     ax.set(xlabel="ACC, ASR (%)", ylabel="", xlim=(-4, 104))
     ax.grid(axis="y", linewidth=0.3)
     ax.legend(title=None, loc="center", fontsize=8)
-    return ax
-
-
-def methods_dots(rows: pd.DataFrame, ax: Axes) -> Axes:
-    """ASR against ACC, one point for each row: the good corner is top left."""
-    rows = rows.assign(
-        method=[f"{d}, {v}" for d, v in zip(rows["defense"], rows["variant"], strict=True)],
-        x=100 * rows["asr"],
-        y=100 * rows["acc"],
-    )
-    sns.scatterplot(rows, x="x", y="y", hue="method", style="method", s=80, palette="colorblind", ax=ax)
-    ax.set(xlabel="ASR (%), lower is better", ylabel="ACC (%), higher is better", xlim=(-4, 104), ylim=(-4, 104))
-    ax.legend(title=None, fontsize=8, loc="lower left")
     return ax
 
 

@@ -42,7 +42,7 @@ def sensitivity_figure(rows: pd.DataFrame) -> plt.Figure:
         [rows.query("defense == 'awm' and variant == 'soft' and budget == @budget").assign(variant="default"), ablated]
     )
     figure, ax = plt.subplots(figsize=(7, 4.6), layout="constrained")
-    figures.sensitivity(chosen, ax)
+    figures.acc_and_asr(chosen, "variant", ax)
     ax.set_title(f"{setting_title(chosen)}, {budget} clean images", fontsize=10)
     return figure
 

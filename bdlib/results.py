@@ -50,6 +50,7 @@ SETTING = [
     "variant",
 ]
 SHOWN = ["acc", "asr", "ra", "der"]
+FRACTIONS = [*SHOWN, "acc_before", "asr_before", "ra_before", "asr_all_classes", "acc_non_target"]
 
 
 def table(rows: Iterable[dict]) -> pd.DataFrame:
@@ -87,9 +88,9 @@ def over_seeds(rows: pd.DataFrame, values: Iterable[str] = SHOWN) -> pd.DataFram
     return pd.DataFrame({**parts, "seeds": grouped["seed"].nunique()}).reset_index()
 
 
-def percent(rows: pd.DataFrame, columns: Iterable[str] = ("acc", "asr", "ra", "der")) -> pd.DataFrame:
-    """For the screen: the named fractions in percent with one decimal, all other columns as they are."""
-    return rows.assign(**{name: (100 * rows[name]).round(1) for name in columns})
+def percent(rows: pd.DataFrame) -> pd.DataFrame:
+    """For the screen: every fraction in percent with one decimal, all other columns as they are."""
+    return rows.assign(**{name: (100 * rows[name]).round(1) for name in FRACTIONS if name in rows})
 
 
 def published() -> pd.DataFrame:

@@ -30,6 +30,8 @@ class TrainConfig:
         "cosine"  # "cosine" to 0; "one_cycle": up for a fifth of the steps, then down, in straight lines; "constant"
     )
 
+    drop_last: bool = True  # leave out the last batch of an epoch if it is not full
+
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size", "lr"):
             if not getattr(self, name) > 0:
@@ -43,7 +45,7 @@ def fit(
 ) -> nn.Module:
     """The model itself, trained on the split with cross-entropy and SGD, in eval().
 
-    Crops and flips are those that the dataset allows.  The last, incomplete batch of an epoch is left out.
+    Crops and flips are those that the dataset allows.
     Raises ValueError for an empty split, FloatingPointError when the loss is no longer a number.
     """
     if not len(dataset):
@@ -52,7 +54,7 @@ def fit(
     padded = pad_for_crops(dataset.images.to(device), dataset.crop_padding)
     labels = dataset.labels.to(device)
     batch_size = min(config.batch_size, len(dataset))
-    steps = len(dataset) // batch_size
+    steps = len(dataset) // batch_size if config.drop_last else math.ceil(len(dataset) / batch_size)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )

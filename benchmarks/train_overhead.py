@@ -31,9 +31,15 @@ def main() -> None:
     for name, loop in (("bare", bare), ("fit", fit)) * (options.rounds + 1):
         seconds[name].append(timed(loop, split, options.arch, config, device))
     bare_time, fit_time = (statistics.median(seconds[name][1:]) for name in ("bare", "fit"))  # the first round warms up
-    print(f"{options.dataset}, {options.arch}, {len(split)} images an epoch, {experiment.describe_device(torch.device(device))}")
-    print(f"bare loop {bare_time:.2f} s, fit {fit_time:.2f} s: {fit_time / bare_time:.3f} x (medians of {options.rounds})")
-    print(f"peak memory {experiment.peak_memory_mb(torch.device(device))} MB, all {len(whole)} training images in memory")
+    print(
+        f"{options.dataset}, {options.arch}, {len(split)} images an epoch, {experiment.describe_device(torch.device(device))}"
+    )
+    print(
+        f"bare loop {bare_time:.2f} s, fit {fit_time:.2f} s: {fit_time / bare_time:.3f} x (medians of {options.rounds})"
+    )
+    print(
+        f"peak memory {experiment.peak_memory_mb(torch.device(device))} MB, all {len(whole)} training images in memory"
+    )
 
 
 def timed(loop, split: data.Dataset, arch: str, config: train.TrainConfig, device: str) -> float:

@@ -38,8 +38,7 @@ def test_budget_curve_shows_every_seed_in_the_methods_color(ax, rows):
 
 def test_every_figure_function_returns_its_axes(ax, rows):
     for returned in (
-        figures.sensitivity(rows, ax),
-        figures.methods_dots(rows, ax),
+        figures.acc_and_asr(rows, "variant", ax),
         figures.image_strip(torch.rand(3, 3, 8, 8), ax),
         figures.signed_image(torch.randn(1, 8, 8), ax),
     ):

@@ -87,6 +87,6 @@ def test_where_nothing_is_printed_it_says_so():
     assert table["ACC"].tolist() == ["not available", "0.0"] and "not available" in table["ASR"].tolist()
 
 
-def test_percent_touches_the_named_columns_alone():
-    shown = results.percent(results.table([row(acc=0.12345, seconds=0.5)]))
-    assert shown["acc"].iloc[0] == 12.3 and shown["seconds"].iloc[0] == 0.5
+def test_percent_touches_fractions_alone():
+    shown = results.percent(results.table([row(acc=0.12345, asr_before=0.5, seconds=0.5)]))
+    assert (shown["acc"].iloc[0], shown["asr_before"].iloc[0], shown["seconds"].iloc[0]) == (12.3, 50, 0.5)

@@ -52,6 +52,18 @@ def test_a_batch_is_never_larger_than_the_split(tiny, monkeypatch):
     assert sizes == [36, 36, 36]
 
 
+@pytest.mark.parametrize(("drop_last", "sizes"), [(True, [16, 16]), (False, [16, 16, 4])])
+def test_the_last_batch_is_left_out_or_not(tiny, monkeypatch, drop_last, sizes):
+    seen = []
+    monkeypatch.setattr(
+        train, "crop_flip", lambda padded, picks, *_, generator: (seen.append(len(picks)), padded[picks])[1]
+    )
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    config = TrainConfig(epochs=1, batch_size=16, drop_last=drop_last)
+    train.fit(model, replace(tiny, crop_padding=0), config, generator=torch.Generator())
+    assert seen == sizes
+
+
 def test_training_learns_and_ends_in_eval(tiny, network, generator):
     train.fit(network, tiny, TrainConfig(epochs=20, batch_size=12, lr=0.1), generator=generator)
     assert not network.training

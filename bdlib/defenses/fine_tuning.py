@@ -11,7 +11,9 @@ from torch import nn
 from bdlib.data import Dataset
 from bdlib.train import TrainConfig, Watch, fit
 
-CONFIG = TrainConfig(epochs=100, batch_size=256, lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine")
+CONFIG = TrainConfig(
+    epochs=100, batch_size=256, lr=0.01, momentum=0.9, weight_decay=5e-4, schedule="cosine", drop_last=False
+)
 
 
 def fine_tuning(
