@@ -113,18 +113,8 @@ def prepare(setting: Setting, device: torch.device | str) -> Lab:
     test = test.to(device)
     triggered = poison.Triggered(triggered.test.to(device), triggered.wanted.to(device))
     before = metrics.evaluate(model, test, triggered.test, triggered.wanted)
-    return Lab(
-        setting,
-        train_split,
-        test,
-        poisoned,
-        triggered,
-        model,
-        before,
-        train_split.subset(clean_indices),
-        clean_indices,
-        device,
-    )
+    clean = train_split.subset(clean_indices)
+    return Lab(setting, train_split, test, poisoned, triggered, model, before, clean, clean_indices, device)
 
 
 def load_data(profile: str, dataset: str) -> tuple[Dataset, Dataset]:

@@ -162,24 +162,12 @@ def execute(
     for stale in ("done.json", "rows.csv"):
         (run.folder / stale).unlink(missing_ok=True)
     log = run.folder / "log.txt"
-    command = [
-        sys.executable,
-        "-m",
-        "papermill",
-        str(run.notebook),
-        str(run.folder / "executed.ipynb"),
-        "-y",
-        json.dumps(run.parameters),
-    ]
+    files = [str(run.notebook), str(run.folder / "executed.ipynb")]
+    command = [sys.executable, "-m", "papermill", *files, "-y", json.dumps(run.parameters), "--progress-bar"]
+    streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     start = time.perf_counter()
     with log.open("wb") as file:
-        process = subprocess.Popen(
-            [*command, "--progress-bar"],
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=_environment(),
-        )
+        process = subprocess.Popen(command, stdout=file, **streams, start_new_session=True, env=_environment())
         try:
             while process.poll() is None:
                 time.sleep(0.2)
@@ -198,9 +186,9 @@ def execute(
 
 
 def _environment() -> dict[str, str]:
-    return os.environ | {
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(experiment.project_root()), os.environ.get("PYTHONPATH")]))
-    }
+    """Ours, with this very bdlib first on the path of the notebook's kernel."""
+    path = os.pathsep.join(filter(None, [str(experiment.project_root()), os.environ.get("PYTHONPATH")]))
+    return os.environ | {"PYTHONPATH": path}
 
 
 def _end(process: subprocess.Popen) -> None:
