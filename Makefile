@@ -1,6 +1,7 @@
 # make reproduce   install if needed, then run the notebooks at their defaults
 # make test        install if needed, then all tests
 # make lab         install if needed, then JupyterLab
+# make notebooks   execute the notebooks in place, so that they are stored with the outputs of the quick profile
 # make figures     rewrite figures/ from a quick grid of 21 runs (about 40 minutes on two cores; finished runs are kept)
 
 # An active virtual or conda environment is used; otherwise .venv is made here.
@@ -8,7 +9,7 @@ ENV := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_
 PYTHON := $(ENV)/bin/python
 INSTALLED := $(ENV)/.bdlib-installed
 
-.PHONY: install reproduce test lab figures lint
+.PHONY: install reproduce test lab notebooks figures lint
 
 install: $(INSTALLED)
 
@@ -25,6 +26,9 @@ test: install
 
 lab: install
 	$(PYTHON) -m jupyterlab notebooks
+
+notebooks: install
+	$(PYTHON) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 figures: install
 	$(PYTHON) runall.py --only 02_awm --budget 10 20 50 100 200 250 --seed 0 1 2 --out runs/figures/budgets

@@ -16,6 +16,7 @@ import ast
 import sys
 from pathlib import Path
 
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -172,22 +173,15 @@ def write_results(runs: list[grid.Run], out: Path) -> None:
 def closing_table(runs: list[grid.Run], skipped: list[grid.Run], failed: list[grid.Run], out: Path) -> None:
     finished = [run.folder / "rows.csv" for run in runs if run.finished()]
     if finished:
+        heads = ("notebook", "data, attack", "budget", "defense", "ACC", "ASR", "RA", "DER", "n")
         table = Table(
-            "notebook",
-            "dataset, attack, budget",
-            "defense",
-            *(f"{name} %" for name in ("ACC", "ASR", "RA", "DER")),
-            "seeds",
-            title="means over seeds",
+            *heads, title="percent, means over n seeds", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
         )
         for row in results.over_seeds(results.load(*finished)).itertuples():
             shares = (f"{100 * value:.1f}" for value in (row.acc, row.asr, row.ra, row.der))
+            defense = row.defense if row.variant == "default" else f"{row.defense}, {row.variant}"
             table.add_row(
-                row.notebook,
-                f"{row.dataset}, {row.attack}, {row.budget}",
-                f"{row.defense}, {row.variant}",
-                *shares,
-                str(row.seeds),
+                row.notebook, f"{row.dataset}, {row.attack}", str(row.budget), defense, *shares, str(row.seeds)
             )
         console.print(table)
     done = len(runs) - len(skipped) - len(failed)

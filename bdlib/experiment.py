@@ -150,7 +150,7 @@ def backdoored_model(setting: Setting, poisoned: poison.Poisoned, device: torch.
 
     def make() -> nn.Module:
         what = f"{setting.arch} on {setting.dataset} with {setting.attack}, seed {setting.seed}"
-        print(f"training {what}: once, then kept in {home() / 'store'}")
+        print(f"training {what}: once, then kept in the store")
         return train.fit(build(), split.to(device), config, generator=setting.generator("order"), watch=progress)
 
     artifact = store.fetch(home() / "store", fields, make)
@@ -217,6 +217,6 @@ def stored_rows(name: str) -> pd.DataFrame:
     """Rows that `make figures` measured: figures/NAME.csv; none, with a word on it, where that file is not there."""
     path = project_root() / "figures" / f"{name}.csv"
     if not path.exists():
-        print(f"no stored rows: `make figures` writes {path}")
+        print(f"no stored rows: `make figures` writes figures/{name}.csv")
         return results.load()
     return results.load(path)
