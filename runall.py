@@ -38,14 +38,17 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         show_plan(waiting, skipped)
         return 0
-    failed = []
     try:
-        failed = run_each(waiting, options)
+        try:
+            failed = run_each(waiting, options)
+        finally:
+            write_results(runs, options.out)
     except KeyboardInterrupt:
         say("[bold]stopped.[/] What was finished is kept; the same command goes on from there.")
         return 130
-    finally:
-        write_results(runs, options.out)
+    except OSError as error:
+        print(f"runall.py: {error}. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+        return 1
     closing_table(runs, skipped, failed, options.out)
     return 1 if failed else 0
 
@@ -186,7 +189,8 @@ def closing_table(runs: list[grid.Run], skipped: list[grid.Run], failed: list[gr
         console.print(table)
     done = len(runs) - len(skipped) - len(failed)
     say(f"{len(runs)} runs: {done} done now, {len(skipped)} finished before, {len(failed)} failed")
-    say(f"rows: {escape(str(out / 'results.csv'))}   notebooks: {escape(str(out))}/NOTEBOOK/RUN/executed.ipynb")
+    if finished:
+        say(f"rows: {escape(str(out / 'results.csv'))}   notebooks: {escape(str(out))}/NOTEBOOK/RUN/executed.ipynb")
 
 
 def say(line: str) -> None:

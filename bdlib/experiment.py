@@ -135,7 +135,10 @@ def load_data(profile: str, dataset: str) -> tuple[Dataset, Dataset]:
 
 
 def backdoored_model(setting: Setting, poisoned: poison.Poisoned, device: torch.device) -> nn.Module:
-    """The model trained on the poisoned split, on the device, in eval(); trained once for each setting, then read from the store."""
+    """The model trained on the poisoned split, on the device, in eval(), its weights without gradient.
+
+    Trained once for each setting, then read from the store.
+    """
     split, config = poisoned.train, profiles.training(setting.profile, setting.dataset.partition(":")[0])
     fields = {
         "what": "model trained on this split", "split": split.sha256(), "crop_padding": split.crop_padding, "flip": split.flip,
@@ -156,7 +159,7 @@ def backdoored_model(setting: Setting, poisoned: poison.Poisoned, device: torch.
     artifact = store.fetch(home() / "store", fields, make)
     model = build()
     model.load_state_dict(artifact.weights)
-    return model.eval()
+    return model.eval().requires_grad_(False)
 
 
 def progress(epochs: range) -> Iterator[int]:

@@ -165,6 +165,13 @@ def test_a_failed_run_is_named_and_the_others_go_on(call, tmp_path, capsys):
     assert not list((tmp_path / "out").rglob("done.json")) and not (tmp_path / "out" / "results.csv").exists()
 
 
+def test_an_output_folder_that_cannot_be_written_is_one_clear_line(notebooks, tmp_path, capsys):
+    (tmp_path / "file").write_text("in the way")
+    assert runall.main(["--out", str(tmp_path / "file")]) == 1
+    error = capsys.readouterr().err
+    assert "Not a directory" in error and "the same command goes on" in error and len(error.splitlines()) == 1
+
+
 def test_a_dead_kernel_and_a_timeout_are_failures(call, tmp_path):
     assert call("--set", "mood=fatal") == 1
     start = time.monotonic()

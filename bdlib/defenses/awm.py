@@ -41,31 +41,22 @@ class AwmConfig:
     adam_epsilon: float = 1e-8  # [c]; see `gamma`
     alpha: float = 0.9  # weight of the clean loss [c]; .99 in the one-shot recipe [r]
     beta: float | None = None  # weight of the perturbed loss; None = 1 - alpha [c]; the paper keeps it free
-    gamma: float = (
-        1e-8  # weight of the L1 norm of the masks [c].  Adam divides by |gradient| + adam_epsilon: where the data's
-    )
-    #                      gradient is exactly 0, a gamma as small as adam_epsilon still moves a mask by half a step.
-    tau: float = (
-        1000.0  # bound on the perturbation's L1 norm, in units of pixel values in [0, 1] [c]; 100 for few images [r]
-    )
+    # Weight of the L1 norm of the masks [c].  Adam divides by |gradient| + adam_epsilon: where the data's gradient is exactly
+    # 0, a gamma as small as adam_epsilon still moves a mask by half a step.
+    gamma: float = 1e-8
+    # Bound on the perturbation's L1 norm, a sum over pixel values in [0, 1] [c]; 100 for few images [r]
+    tau: float = 1000.0
     lr_decay: float = 1.0  # factor on mask_lr after every outer epoch; 1 = off [c]; .9 in the code's first release
     inner_label: str = "model"  # labels of the inner loss: "model" = its own argmax on x [c]; "true" = y (Alg. 1)
     clamp: bool = True  # clip x + perturbation to [0, 1] in the outer loss [c]; Alg. 1 does not
     copies: int = 0  # augmented copies of each image added once at the start; 9 in the one-shot recipe [c]
-    least_area: float | None = None  # smallest share of an image's area that such a copy shows; .08 on CIFAR-10 [c];
-    #                                  None = as the dataset says.  DIFFERS: 8% of a drawn or real road sign do not show its class.
+    # Smallest share of an image's area that such a copy shows; .08 on CIFAR-10 [c]; None = as the dataset says.
+    # DIFFERS: signs and digits show at least half, because 8% of a sign do not show its class.
+    least_area: float | None = None
 
     def __post_init__(self) -> None:
-        for name in (
-            "outer_epochs",
-            "inner_epochs",
-            "batch_size",
-            "perturbation_lr",
-            "mask_lr",
-            "tau",
-            "lr_decay",
-            "adam_epsilon",
-        ):
+        sizes = ("outer_epochs", "inner_epochs", "batch_size", "perturbation_lr", "mask_lr", "tau", "lr_decay")
+        for name in (*sizes, "adam_epsilon"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
         if not 0 <= self.alpha <= 1:
