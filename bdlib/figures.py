@@ -97,8 +97,8 @@ def acc_and_asr(rows: pd.DataFrame, label: str, ax: Axes) -> Axes:
         "palette": {"ACC": _PALETTE[0], "ASR": _PALETTE[3]},
         "ax": ax,
     }
-    sns.stripplot(tidy, alpha=0.7, jitter=False, **common)
-    sns.pointplot(tidy, linestyle="none", marker="|", markersize=14, errorbar=None, legend=False, **common)
+    sns.stripplot(tidy, alpha=0.7, jitter=False, dodge=True, **common)
+    sns.pointplot(tidy, linestyle="none", marker="|", markersize=9, dodge=0.4, errorbar=None, legend=False, **common)
     ax.set(xlabel="ACC, ASR (%)", ylabel="", xlim=(-4, 104))
     ax.grid(axis="y", linewidth=0.3)
     ax.legend(title=None, loc="center", fontsize=8)
