@@ -164,8 +164,18 @@ def test_the_result_is_the_mask_times_the_weight_and_nothing_else(tiny, network,
     for name in before:
         expected = before[name] * result.masks[name] if name in result.masks else before[name]
         assert torch.equal(after[name], expected), name
-    assert result.perturbation.abs().sum() <= QUICK.tau + 1e-4
     assert all(0 <= mask.min() and mask.max() <= 1 and (mask < 1).any() for mask in result.masks.values())
+
+
+def test_the_perturbation_is_projected_once_an_outer_epoch_and_then_used(tiny, network, monkeypatch):
+    projected, used = [], []
+    project, loss = awm.project_l1, awm.mask_loss
+    monkeypatch.setattr(awm, "project_l1", lambda delta, tau: (projected.append(tau), project(delta, tau))[1])
+    monkeypatch.setattr(awm, "mask_loss", lambda m, k, delta, b, c: (used.append(delta), loss(m, k, delta, b, c))[1])
+    config = AwmConfig(outer_epochs=3, inner_epochs=2, batch_size=12, tau=1e-3)
+    result = awm.run(network, tiny, config, generator=torch.Generator().manual_seed(0))
+    assert projected == [1e-3] * 3 and len(used) == 18
+    assert all(delta.abs().sum().item() == pytest.approx(1e-3, rel=1e-3) for delta in [*used, result.perturbation])
 
 
 def test_one_optimizer_for_the_whole_run_and_the_decay_of_its_rate(tiny, network, monkeypatch):

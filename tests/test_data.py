@@ -206,7 +206,7 @@ def test_a_budget_that_does_not_fit_names_the_value(tiny, budget):
     assert repr(budget) in str(error.value)
 
 
-@pytest.mark.parametrize(("count", "shares"), [(3, [1, 1, 1]), (7, [2, 2, 3]), (36, [12, 12, 12])])
+@pytest.mark.parametrize(("count", "shares"), [(3, [1, 1, 1]), (7, [2, 2, 3]), (8, [2, 3, 3]), (36, [12, 12, 12])])
 def test_clean_subset_is_balanced(tiny, generator, count, shares):
     chosen = data.clean_subset(tiny, count, generator=generator)
     assert sorted(torch.bincount(tiny.labels[chosen]).tolist()) == shares

@@ -57,6 +57,15 @@ def test_normalization_is_inside_the_network():
     assert torch.allclose(normalized.std((0, 2, 3)), torch.ones(3), atol=1e-3)
 
 
+def test_images_reach_the_features_normalized():
+    images = torch.randint(100, 256, (8, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    model = build("wrn_16_1:2", images).eval()
+    seen = []
+    model.features.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
+    model(images.float() / 255)
+    assert torch.allclose(seen[0].mean((0, 2, 3)), torch.zeros(3), atol=1e-5)
+
+
 def test_channel_statistics_equal_numpys():
     images = np.random.default_rng(0).integers(0, 256, (30, 2, 9, 9), dtype=np.uint8)
     mean, std = models.channel_statistics(torch.from_numpy(images))
