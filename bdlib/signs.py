@@ -39,11 +39,11 @@ def _draw_chunk(labels: np.ndarray, random: np.random.RandomState) -> np.ndarray
     bar = (abs(v) < _UNIT // 7) & (abs(u) < _UNIT * 3 // 8)
     upright = (abs(u) < _UNIT // 7) & (abs(v) < _UNIT * 3 // 8) & (glyph == 1)[:, None, None]
     rim_color, face_color, glyph_color = _colors(count, random)
-    canvas = _background(count, random)
+    canvas = _background(count, random).astype(np.int16)
     for mask, color in ((inside, rim_color), (face, face_color), (bar | upright, glyph_color)):
-        canvas = np.where(mask[:, None], color[:, :, None, None], canvas)
+        np.copyto(canvas, color[:, :, None, None].astype(np.int16), where=mask[:, None])
     rows = canvas[:, :, ::2] + canvas[:, :, 1::2]
-    small = (rows[..., ::2] + rows[..., 1::2]) // 4
+    small = ((rows[..., ::2] + rows[..., 1::2]) // 4).astype(np.int32)
     return _camera(small, random)
 
 
