@@ -167,10 +167,14 @@ def show_plan(waiting: list[grid.Run], skipped: list[grid.Run]) -> None:
 
 
 def write_results(runs: list[grid.Run], out: Path) -> None:
-    """OUT/results.csv: the rows of every finished run of this grid."""
+    """OUT/results.csv, the rows of every finished run of this grid, and OUT/figures/, drawn from them."""
+    from bdlib import report  # brings matplotlib and seaborn: too slow for --help
+
     finished = [run.folder / "rows.csv" for run in runs if run.finished()]
     if finished:
-        results.save(results.load(*finished), out / "results.csv")
+        rows = results.load(*finished)
+        results.save(rows, out / "results.csv")
+        report.draw_batch(rows, out / "figures")
 
 
 def closing_table(runs: list[grid.Run], skipped: list[grid.Run], failed: list[grid.Run], out: Path) -> None:
@@ -190,7 +194,8 @@ def closing_table(runs: list[grid.Run], skipped: list[grid.Run], failed: list[gr
     done = len(runs) - len(skipped) - len(failed)
     say(f"{len(runs)} runs: {done} done now, {len(skipped)} finished before, {len(failed)} failed")
     if finished:
-        say(f"rows: {escape(str(out / 'results.csv'))}   notebooks: {escape(str(out))}/NOTEBOOK/RUN/executed.ipynb")
+        say(f"rows: {escape(str(out / 'results.csv'))}   figures: {escape(str(out / 'figures'))}")
+        say(f"notebooks: {escape(str(out))}/NOTEBOOK/RUN/executed.ipynb")
 
 
 def say(line: str) -> None:

@@ -21,6 +21,7 @@ METRICS = {"acc": "ACC (%)", "asr": "ASR (%)", "ra": "RA (%)"}
 def method_name(defense: str, variant: str) -> str:
     """How a row's defense and variant are called in figures."""
     return {
+        ("none", "default"): "no defense",
         ("fine_tuning", "default"): "FT",
         ("awm", "soft"): "AWM",
         ("awm", "thresholded"): "AWM, mask thresholded",
@@ -30,7 +31,10 @@ def method_name(defense: str, variant: str) -> str:
 def labels(rows: pd.DataFrame) -> list[str]:
     """For each row its method with the clean budget, as a figure's axis shows it."""
     triples = zip(rows["defense"], rows["variant"], rows["budget"], strict=True)
-    return [f"{method_name(defense, variant)}, {budget} images" for defense, variant, budget in triples]
+    return [
+        method_name(defense, variant) + ("" if defense == "none" else f", {budget} images")
+        for defense, variant, budget in triples
+    ]
 
 
 def image_strip(images: torch.Tensor, ax: Axes, title: str = "") -> Axes:
@@ -101,7 +105,7 @@ def acc_and_asr(rows: pd.DataFrame, label: str, ax: Axes) -> Axes:
     sns.pointplot(tidy, linestyle="none", marker="|", markersize=9, dodge=0.4, errorbar=None, legend=False, **common)
     ax.set(xlabel="ACC, ASR (%)", ylabel="", xlim=(-4, 104))
     ax.grid(axis="y", linewidth=0.3)
-    ax.legend(title=None, loc="center", fontsize=8)
+    ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)  # beside the points, never on them
     return ax
 
 

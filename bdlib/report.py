@@ -1,5 +1,6 @@
-"""The committed figures: collects the rows of a grid and draws them.  Called by `make figures`."""
+"""Figures drawn from rows: those of a batch (runall.py), and the committed ones (`make figures`)."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -16,6 +17,21 @@ def main(runs: Path, out: Path) -> None:
     results.save(rows, out / "awm_rows.csv")
     figures.save(budget_figure(rows), out / "awm_budget")
     figures.save(sensitivity_figure(rows), out / "awm_sensitivity")
+
+
+def draw_batch(rows: pd.DataFrame, out: Path) -> None:
+    """Write one figure for each dataset, attack and network of a batch to `out`: every method's ACC and ASR."""
+    for key, part in rows.groupby(["dataset", "attack", "arch"]):
+        figures.save(methods_figure(part), out / re.sub(r"[^\w.-]+", "-", "_".join(map(str, key))))
+
+
+def methods_figure(rows: pd.DataFrame) -> plt.Figure:
+    """ACC and ASR of every method and budget in these rows, which share a dataset, an attack and a network."""
+    rows = rows.assign(method=figures.labels(rows)).drop_duplicates(["method", "seed"])
+    figure, ax = plt.subplots(figsize=(7, 1.4 + 0.35 * rows["method"].nunique()), layout="constrained")
+    figures.acc_and_asr(rows, "method", ax)
+    ax.set_title(setting_title(rows), fontsize=10)
+    return figure
 
 
 def budget_figure(rows: pd.DataFrame) -> plt.Figure:
@@ -58,7 +74,8 @@ def empty_figure() -> plt.Figure:
 def setting_title(rows: pd.DataFrame) -> str:
     """Dataset, attack, network and seeds of these rows, for a figure's title."""
     words = [", ".join(map(str, rows[name].unique())) for name in ("dataset", "attack", "arch")]
-    return f"{' · '.join(words)} · {rows['seed'].nunique()} seeds"
+    seeds = rows["seed"].nunique()
+    return f"{' · '.join(words)} · {seeds} seed{'s' if seeds > 1 else ''}"
 
 
 if __name__ == "__main__":

@@ -138,6 +138,10 @@ def test_a_run_is_executed_once_until_something_changes(call, notebooks, tmp_pat
     executed = lambda: {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("executed.ipynb")}
     assert call() == 0
     first = executed()
+    assert sorted(path.name for path in (tmp_path / "out" / "figures").iterdir()) == [
+        "signs_blended_a.png",
+        "signs_blended_a.svg",
+    ]
     assert len(first) == 1 and results.load(tmp_path / "out" / "results.csv")["budget"].tolist() == [200]
     assert call() == 0 and executed() == first
     assert "1 finished before" in capsys.readouterr().out
