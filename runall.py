@@ -16,6 +16,7 @@ import ast
 import sys
 from pathlib import Path
 
+import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
@@ -33,8 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     if not (runs := planned(options)):
         return 2
-    skipped = [run for run in runs if not options.force and run.finished()]
-    waiting = [run for run in runs if run not in skipped]
+    skipped, waiting = [], []
+    for run in runs:
+        (skipped if run.finished() and not options.force else waiting).append(run)
     if options.dry_run:
         show_plan(waiting, skipped)
         return 0
@@ -42,19 +44,25 @@ def main(arguments: list[str] | None = None) -> int:
         try:
             failed = run_each(waiting, options)
         finally:
-            write_results(runs, options.out)
+            rows = write_results(runs, options.out)
     except KeyboardInterrupt:
         say("[bold]stopped.[/] What was finished is kept; the same command goes on from there.")
         return 130
     except OSError as error:
         print(f"runall.py: {error}. What was finished is kept; the same command goes on from there.", file=sys.stderr)
         return 1
-    closing_table(runs, skipped, failed, options.out)
+    if not rows.empty:
+        console.print(means_table(rows))
+    done = len(waiting) - len(failed)
+    say(f"{len(runs)} runs: {done} done now, {len(skipped)} finished before, {len(failed)} failed")
+    if not rows.empty:
+        say(f"rows: {escape(str(options.out / 'results.csv'))}   figures: {escape(str(options.out / 'figures'))}")
+        say(f"notebooks: {escape(str(options.out))}/NOTEBOOK/RUN/executed.ipynb")
     return 1 if failed else 0
 
 
 def parser() -> argparse.ArgumentParser:
-    names = ", ".join(path.stem for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb")))
+    names = ", ".join(all_notebooks())
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", nargs="+", metavar="NOTEBOOK", help=f"notebooks to run: {names} (default: all)")
     p.add_argument("--dataset", nargs="+", help=f"{', '.join(data.NAMES)}, or folder:PATH")
@@ -111,8 +119,12 @@ def planned(options: argparse.Namespace) -> list[grid.Run]:
     return [] if wrong else runs
 
 
+def all_notebooks() -> dict[str, Path]:
+    return {path.stem: path for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))}
+
+
 def notebooks(only: list[str] | None) -> list[Path]:
-    found = {path.stem: path for path in sorted(NOTEBOOKS.glob("[0-9]*.ipynb"))}
+    found = all_notebooks()
     unknown = [name for name in only or [] if name not in found]
     if unknown:
         raise ValueError(f"--only must name notebooks out of {', '.join(found)}, got {', '.join(unknown)}")
@@ -166,36 +178,25 @@ def show_plan(waiting: list[grid.Run], skipped: list[grid.Run]) -> None:
     say(f"{len(waiting)} runs to do, {len(skipped)} finished before; nothing was started")
 
 
-def write_results(runs: list[grid.Run], out: Path) -> None:
-    """OUT/results.csv, the rows of every finished run of this grid, and OUT/figures/, drawn from them."""
+def write_results(runs: list[grid.Run], out: Path) -> pd.DataFrame:
+    """The rows of every finished run of this grid; writes them to OUT/results.csv and draws OUT/figures/ from them."""
     from bdlib import report  # brings matplotlib and seaborn: too slow for --help
 
-    finished = [run.folder / "rows.csv" for run in runs if run.finished()]
-    if finished:
-        rows = results.load(*finished)
+    rows = results.load(*(run.folder / "rows.csv" for run in runs if run.finished()))
+    if not rows.empty:
         results.save(rows, out / "results.csv")
         report.draw_batch(rows, out / "figures")
+    return rows
 
 
-def closing_table(runs: list[grid.Run], skipped: list[grid.Run], failed: list[grid.Run], out: Path) -> None:
-    finished = [run.folder / "rows.csv" for run in runs if run.finished()]
-    if finished:
-        heads = ("notebook", "data, attack", "budget", "defense", "ACC", "ASR", "RA", "DER", "n")
-        table = Table(
-            *heads, title="percent, means over n seeds", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
-        )
-        for row in results.over_seeds(results.load(*finished)).itertuples():
-            shares = (f"{100 * value:.1f}" for value in (row.acc, row.asr, row.ra, row.der))
-            defense = row.defense if row.variant == "default" else f"{row.defense}, {row.variant}"
-            table.add_row(
-                row.notebook, f"{row.dataset}, {row.attack}", str(row.budget), defense, *shares, str(row.seeds)
-            )
-        console.print(table)
-    done = len(runs) - len(skipped) - len(failed)
-    say(f"{len(runs)} runs: {done} done now, {len(skipped)} finished before, {len(failed)} failed")
-    if finished:
-        say(f"rows: {escape(str(out / 'results.csv'))}   figures: {escape(str(out / 'figures'))}")
-        say(f"notebooks: {escape(str(out))}/NOTEBOOK/RUN/executed.ipynb")
+def means_table(rows: pd.DataFrame) -> Table:
+    heads = ("notebook", "data, attack", "budget", "defense", "ACC", "ASR", "RA", "DER", "n")
+    table = Table(*heads, title="percent, means over n seeds", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for row in results.over_seeds(rows).itertuples():
+        shares = (f"{100 * value:.1f}" for value in (row.acc, row.asr, row.ra, row.der))
+        defense = row.defense if row.variant == "default" else f"{row.defense}, {row.variant}"
+        table.add_row(row.notebook, f"{row.dataset}, {row.attack}", str(row.budget), defense, *shares, str(row.seeds))
+    return table
 
 
 def say(line: str) -> None:

@@ -176,8 +176,8 @@ def _folder(spec: str) -> dict[str, np.ndarray]:
         raise ValueError(
             f"folder:{path} has other classes in train ({trees[0].classes}) than in {test.name} ({trees[1].classes})"
         )
-    (x_train, y_train, classes), (x_test, y_test, _) = (_resized(tree, pixels) for tree in trees)
-    return dict(x_train=x_train, y_train=y_train, x_test=x_test, y_test=y_test, classes=np.array(classes))
+    train, test = (_resized(tree, pixels) for tree in trees)
+    return _arrays(train[:2], test[:2], train[2])
 
 
 def _resized(tree, pixels: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
@@ -200,13 +200,12 @@ def _every_fifth(labels: np.ndarray) -> np.ndarray:
 
 
 def _split(images: np.ndarray, labels: np.ndarray, classes, test: np.ndarray) -> dict[str, np.ndarray]:
-    return dict(
-        x_train=images[~test],
-        y_train=labels[~test],
-        x_test=images[test],
-        y_test=labels[test],
-        classes=np.array(classes),
-    )
+    return _arrays((images[~test], labels[~test]), (images[test], labels[test]), classes)
+
+
+def _arrays(train: tuple, test: tuple, classes) -> dict[str, np.ndarray]:
+    """A dataset file's arrays from (images, labels) of both splits and the class names."""
+    return dict(x_train=train[0], y_train=train[1], x_test=test[0], y_test=test[1], classes=np.array(classes))
 
 
 def _cached(name: str, root: Path) -> dict[str, np.ndarray]:
@@ -264,25 +263,11 @@ def _fetch_cifar10(raw: Path) -> dict[str, np.ndarray]:
     from torchvision.datasets import CIFAR10
 
     train, test = (CIFAR10(str(raw), train=train, download=True) for train in (True, False))
-    return dict(
-        x_train=train.data,
-        y_train=np.array(train.targets),
-        x_test=test.data,
-        y_test=np.array(test.targets),
-        classes=np.array(train.classes),
-    )
+    return _arrays((train.data, np.array(train.targets)), (test.data, np.array(test.targets)), train.classes)
 
 
 def _fetch_gtsrb(raw: Path) -> dict[str, np.ndarray]:
     from torchvision.datasets import GTSRB
 
-    (x_train, y_train, _), (x_test, y_test, _) = (
-        _resized(GTSRB(str(raw), split=split, download=True), 32) for split in ("train", "test")
-    )
-    return dict(
-        x_train=x_train,
-        y_train=y_train,
-        x_test=x_test,
-        y_test=y_test,
-        classes=np.array([f"{c:02d}" for c in range(43)]),
-    )
+    train, test = (_resized(GTSRB(str(raw), split=split, download=True), 32) for split in ("train", "test"))
+    return _arrays(train[:2], test[:2], [f"{c:02d}" for c in range(43)])

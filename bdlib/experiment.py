@@ -126,7 +126,7 @@ def load_data(profile: str, dataset: str) -> tuple[Dataset, Dataset]:
         rank = torch.zeros_like(labels)
         for label in range(len(train_split.classes)):
             members = torch.nonzero(labels == label).flatten()
-            # Position of each image within its class, as a share: the first 40% of every class, whatever its size.
+            # Random place of each image within its class, scaled to the split: the same share of every class stays.
             rank[members] = (
                 torch.randperm(len(members), generator=torch.Generator().manual_seed(0)) * len(labels) // len(members)
             )

@@ -4,6 +4,7 @@ One run = one notebook with one set of parameters, executed by papermill in a pr
 thread-safe).  Scheduling lives in `execute` alone.
 """
 
+import ast
 import functools
 import hashlib
 import itertools
@@ -96,8 +97,6 @@ def _run(notebook: Path, parameters: dict[str, object], out: Path) -> Run:
 @functools.cache
 def notebook_parameters(notebook: Path) -> dict[str, object]:
     """Names and default values of the notebook's `parameters` cell.  Raises ValueError if it has none."""
-    import ast
-
     from papermill import inspect_notebook
 
     found = {name: ast.literal_eval(info["default"]) for name, info in inspect_notebook(str(notebook)).items()}

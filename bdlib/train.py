@@ -26,10 +26,8 @@ class TrainConfig:
     lr: float = 0.01
     momentum: float = 0.9
     weight_decay: float = 5e-4
-    schedule: str = (
-        "cosine"  # "cosine" to 0; "one_cycle": up for a fifth of the steps, then down, in straight lines; "constant"
-    )
-
+    # "cosine": to 0; "one_cycle": up for a fifth of the steps, then down to 0, in straight lines; "constant"
+    schedule: str = "cosine"
     drop_last: bool = True  # leave out the last batch of an epoch if it is not full
 
     def __post_init__(self) -> None:
