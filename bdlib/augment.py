@@ -52,3 +52,13 @@ def random_resized_crop(
     )
     grid = F.affine_grid(theta.to(images), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, padding_mode="border", align_corners=False)
+
+
+def cutout(images: torch.Tensor, size: int, *, generator: torch.Generator) -> torch.Tensor:
+    """Copies of the images (B, C, H, W) with a black square of `size` pixels, cut at the edges, at a random center each."""
+    count, (height, width) = len(images), images.shape[2:]
+    top = torch.randint(height, (count, 1), generator=generator).to(images.device) - size // 2
+    left = torch.randint(width, (count, 1), generator=generator).to(images.device) - size // 2
+    rows, columns = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
+    hole = ((rows >= top) & (rows < top + size))[:, :, None] & ((columns >= left) & (columns < left + size))[:, None, :]
+    return images.masked_fill(hole[:, None], 0.0)

@@ -139,6 +139,36 @@ def clean_subset(dataset: Dataset, count: int, *, generator: torch.Generator) ->
     return torch.cat(chosen)
 
 
+def fixed_part(dataset: Dataset, count: int) -> Dataset:
+    """The same `count` images at every call, the same share of every class, in the order of the split; all if there are no more."""
+    labels = dataset.labels.cpu()
+    rank = torch.zeros_like(labels)
+    for label in range(len(dataset.classes)):
+        members = torch.nonzero(labels == label).flatten()
+        # Random place of each image within its class, scaled to the split: the same share of every class stays.
+        rank[members] = (
+            torch.randperm(len(members), generator=torch.Generator().manual_seed(0)) * len(labels) // len(members)
+        )
+    return dataset.subset(rank.argsort(stable=True)[:count].sort().values)
+
+
+def hold_out(clean: Dataset, share: float, *, generator: torch.Generator) -> tuple[Dataset, Dataset]:
+    """The images parted at random, class by class: (those to fit on, those held out to choose a threshold on).
+
+    A class gives round(share * its images), but keeps one.  Where no class can give one (one-shot), both are all the images.
+    """
+    held = []
+    for label in range(len(clean.classes)):
+        members = torch.nonzero(clean.labels.cpu() == label).flatten()
+        count = min(round(share * len(members)), len(members) - 1)
+        held += members[torch.randperm(len(members), generator=generator)[: max(count, 0)]].tolist()
+    if not held:
+        return clean, clean
+    kept = torch.ones(len(clean), dtype=torch.bool)
+    kept[held] = False
+    return clean.subset(torch.nonzero(kept).flatten()), clean.subset(torch.tensor(held))
+
+
 @functools.cache
 def _signs() -> dict[str, np.ndarray]:
     images, labels = signs.draw(SIGNS_TRAIN + SIGNS_TEST, seed=2002)

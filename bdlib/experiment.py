@@ -18,7 +18,16 @@ import bdlib
 from bdlib import data, metrics, models, poison, profiles, results, store, train
 from bdlib.data import Dataset
 
-PAPERS = {"00_backdoors": "-", "02_awm": "arXiv:2207.04497"}
+PAPERS = {
+    "00_backdoors": "-",
+    "01_linf_pruning": "arXiv:2002.12162",
+    "02_awm": "arXiv:2207.04497",
+    "03_rnp": "arXiv:2305.14876",
+    "04_cbd": "arXiv:2303.06818",
+    "05_ft_sam": "arXiv:2304.11823",
+}
+# Notebooks whose budget is training images, 0 = all: a defense that trains on the poisoned set and holds no clean images.
+BUDGET_IS_TRAINING_SET = ("04_cbd",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +58,12 @@ class Setting:
         """The attack that these parameters name."""
         return poison.Attack(name=self.attack, target_label=self.target_label, poison_rate=self.poison_rate)
 
+    def images(self, train_split: Dataset) -> int:
+        """The budget as a number of images of this training split.  Raises ValueError if it does not fit."""
+        if self.notebook in BUDGET_IS_TRAINING_SET and str(self.budget) == "0":
+            return len(train_split)
+        return data.resolve_budget(self.budget, train_split)
+
     def generator(self, use: str) -> torch.Generator:
         """A random source of its own for each use, all from the one seed."""
         digest = hashlib.sha256(f"{self.seed}/{use}".encode()).digest()
@@ -60,29 +75,50 @@ class Lab:
     """What a notebook works with.  A defense may be given `model` and `clean`, nothing else of this."""
 
     setting: Setting
-    train: Dataset  # the training split before the attack
+    train: Dataset  # the training split before the attack, or the part of it that the budget allows
     test: Dataset
     poisoned: poison.Poisoned
     triggered: poison.Triggered
     model: nn.Module  # the backdoored model, in eval()
     before: dict[str, float]  # its acc, asr, ra, ...
-    clean: Dataset  # the defender's images
+    clean: Dataset  # the defender's images; none where the budget is training images
     clean_indices: torch.Tensor  # their positions in the training split
     device: torch.device
 
-    def clean_subset(self, budget: int | str) -> Dataset:
-        """Clean images for another budget of the same seed."""
-        count = data.resolve_budget(budget, self.train)
-        return self.train.subset(data.clean_subset(self.train, count, generator=self.setting.generator("clean")))
+    def clean_subset(self, budget: int | str, *, balanced: bool = True) -> Dataset:
+        """Clean images for another budget of the same seed; not balanced: drawn without a look at the classes."""
+        count, generator = data.resolve_budget(budget, self.train), self.setting.generator("clean")
+        if not balanced:
+            return self.train.subset(torch.randperm(len(self.train), generator=generator)[:count])
+        return self.train.subset(data.clean_subset(self.train, count, generator=generator))
+
+    def fresh_model(self, generator: torch.Generator) -> nn.Module:
+        """A network of this setting that nobody trained yet, on the device."""
+        return fresh_model(self.setting, self.train, self.device, generator)
+
+    def vanilla_model(self) -> nn.Module:
+        """The same network trained on the same images without the attack, from the store or now."""
+        return trained_model(self.setting, self.train, "no attack", self.device)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
         """acc, asr, ra, asr_all_classes, acc_non_target of a model on the test split."""
         return metrics.evaluate(model, self.test, self.triggered.test, self.triggered.wanted)
 
     def row(
-        self, defense: str, variant: str, model: nn.Module, *, budget: int, seconds: float, config: object
+        self,
+        defense: str,
+        variant: str,
+        model: nn.Module,
+        *,
+        budget: int,
+        seconds: float,
+        config: object,
+        measures: dict[str, float] | None = None,
     ) -> dict[str, object]:
-        """A row of results: the model measured, beside the setting it came from.  budget: clean images used."""
+        """A row of results: the model measured, beside the setting it came from.
+
+        budget: images used; measures: further numbers of this notebook, by name.
+        """
         setting, after = self.setting, self.measure(model)
         described = json.dumps(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else {}, sort_keys=True)
         return {
@@ -92,6 +128,7 @@ class Lab:
             "defense": defense, "variant": variant,
             **{f"{name}_before": self.before[name] for name in ("acc", "asr", "ra")},
             **after, "der": metrics.der(self.before, after),
+            "measures": json.dumps({name: round(float(value), 4) for name, value in (measures or {}).items()}),
             "seconds": round(seconds, 2), "peak_memory_mb": peak_memory_mb(self.device), "device": describe_device(self.device),
             "torch": torch.__version__, "bdlib": bdlib.__version__, "config": described,
             "config_sha256": hashlib.sha256(described.encode()).hexdigest()[:12],
@@ -105,11 +142,14 @@ def prepare(setting: Setting, device: torch.device | str) -> Lab:
     """
     device = torch.device(device)
     train_split, test = load_data(setting.profile, setting.dataset)
-    budget = data.resolve_budget(setting.budget, train_split)
-    clean_indices = data.clean_subset(train_split, budget, generator=setting.generator("clean"))
+    budget = setting.images(train_split)
+    if setting.notebook in BUDGET_IS_TRAINING_SET:
+        train_split, clean_indices = data.fixed_part(train_split, budget), torch.zeros(0, dtype=torch.long)
+    else:
+        clean_indices = data.clean_subset(train_split, budget, generator=setting.generator("clean"))
     poisoned = poison.poison(train_split, setting.threat, generator=setting.generator("poison"))
     triggered = poison.triggered_test(test, setting.threat)
-    model = backdoored_model(setting, poisoned, device)
+    model = trained_model(setting, poisoned.train, setting.attack, device)
     test = test.to(device)
     triggered = poison.Triggered(triggered.test.to(device), triggered.wanted.to(device))
     before = metrics.evaluate(model, test, triggered.test, triggered.wanted)
@@ -121,45 +161,36 @@ def load_data(profile: str, dataset: str) -> tuple[Dataset, Dataset]:
     """Train and test split; the quick profile keeps a class-balanced part of a large training split, the same for every seed."""
     train_split, test = data.load(dataset, data_root())
     limit = profiles.train_limit(profile)
-    if limit and len(train_split) > limit:
-        labels = train_split.labels
-        rank = torch.zeros_like(labels)
-        for label in range(len(train_split.classes)):
-            members = torch.nonzero(labels == label).flatten()
-            # Random place of each image within its class, scaled to the split: the same share of every class stays.
-            rank[members] = (
-                torch.randperm(len(members), generator=torch.Generator().manual_seed(0)) * len(labels) // len(members)
-            )
-        train_split = train_split.subset(rank.argsort(stable=True)[:limit].sort().values)
-    return train_split, test
+    return (data.fixed_part(train_split, limit) if limit and len(train_split) > limit else train_split), test
 
 
-def backdoored_model(setting: Setting, poisoned: poison.Poisoned, device: torch.device) -> nn.Module:
-    """The model trained on the poisoned split, on the device, in eval(), its weights without gradient.
+def trained_model(setting: Setting, split: Dataset, attack: str, device: torch.device) -> nn.Module:
+    """The setting's network trained on this split, on the device, in eval(), its weights without gradient.
 
-    Trained once for each setting, then read from the store.
+    Trained once for each split and seed, then read from the store; `attack` says what was done to the split.
     """
-    split, config = poisoned.train, profiles.training(setting.profile, setting.dataset.partition(":")[0])
+    config = profiles.training(setting.profile, setting.dataset.partition(":")[0])
     fields = {
         "what": "model trained on this split", "split": split.sha256(), "crop_padding": split.crop_padding, "flip": split.flip,
         "arch": setting.arch, "seed": setting.seed, "training": dataclasses.asdict(config), "version": train.VERSION,
-        "dataset": setting.dataset, "attack": setting.attack, "device": device.type,
+        "dataset": setting.dataset, "attack": attack, "device": device.type,
     }  # fmt: skip
 
-    def build() -> nn.Module:
-        return models.build(setting.arch, split.images, len(split.classes), generator=setting.generator("init")).to(
-            device
-        )
-
     def make() -> nn.Module:
-        what = f"{setting.arch} on {setting.dataset} with {setting.attack}, seed {setting.seed}"
+        what = f"{setting.arch} on {setting.dataset} with {attack}, seed {setting.seed}"
         print(f"training {what}: once, then kept in the store")
-        return train.fit(build(), split.to(device), config, generator=setting.generator("order"), watch=progress)
+        model = fresh_model(setting, split, device, setting.generator("init"))
+        return train.fit(model, split.to(device), config, generator=setting.generator("order"), watch=progress)
 
     artifact = store.fetch(home() / "store", fields, make)
-    model = build()
+    model = fresh_model(setting, split, device, setting.generator("init"))
     model.load_state_dict(artifact.weights)
     return model.eval().requires_grad_(False)
+
+
+def fresh_model(setting: Setting, split: Dataset, device: torch.device, generator: torch.Generator) -> nn.Module:
+    """An untrained network of the setting for images like these, on the device."""
+    return models.build(setting.arch, split.images, len(split.classes), generator=generator).to(device)
 
 
 def progress(epochs: range) -> Iterator[int]:

@@ -14,7 +14,17 @@ from bdlib.files import write_atomic
 
 # The same method has the same color everywhere (seaborn's color-blind safe palette).
 _PALETTE = sns.color_palette("colorblind").as_hex()
-COLORS = {"no defense": _PALETTE[7], "FT": _PALETTE[0], "AWM": _PALETTE[2], "AWM, mask thresholded": _PALETTE[1]}
+COLORS = {
+    "no defense": _PALETTE[7],
+    "FT": _PALETTE[0],
+    "AWM": _PALETTE[2],
+    "AWM, mask thresholded": _PALETTE[1],
+    "l-inf pruning": _PALETTE[5],
+    "RNP": _PALETTE[4],
+    "CBD": _PALETTE[8],
+    "FT-SAM": _PALETTE[3],
+}
+NORM_NAMES = {"l1": "$\\ell_1$", "l2": "$\\ell_2$", "linf": "$\\ell_\\infty$"}
 METRICS = {"acc": "ACC (%)", "asr": "ASR (%)", "ra": "RA (%)"}
 
 
@@ -25,6 +35,10 @@ def method_name(defense: str, variant: str) -> str:
         ("fine_tuning", "default"): "FT",
         ("awm", "soft"): "AWM",
         ("awm", "thresholded"): "AWM, mask thresholded",
+        ("linf_pruning", "linf"): "l-inf pruning",
+        ("rnp", "default"): "RNP",
+        ("cbd", "default"): "CBD",
+        ("ft_sam", "default"): "FT-SAM",
     }.get((defense, variant), f"{defense}, {variant}")
 
 
@@ -54,8 +68,8 @@ def signed_image(values: torch.Tensor, ax: Axes, title: str = "") -> Axes:
     return image_strip(scaled[None], ax, title)
 
 
-def mask_histogram(values: pd.DataFrame, ax: Axes) -> Axes:
-    """Distribution of mask values; `values` has the columns mask and layers."""
+def mask_histogram(values: pd.DataFrame, ax: Axes, unit: str = "weight") -> Axes:
+    """Distribution of mask values; `values` has the columns mask and layers, unit is what a mask stands for."""
     sns.histplot(
         values,
         x="mask",
@@ -68,7 +82,7 @@ def mask_histogram(values: pd.DataFrame, ax: Axes) -> Axes:
         palette="colorblind",
         ax=ax,
     )
-    ax.set(xlabel="mask value (0 = weight removed, 1 = kept)", ylabel="weights of these layers (%)", yscale="log")
+    ax.set(xlabel=f"mask value (0 = {unit} removed, 1 = kept)", ylabel=f"{unit}s of these layers (%)", yscale="log")
     return ax
 
 
@@ -106,6 +120,113 @@ def acc_and_asr(rows: pd.DataFrame, label: str, ax: Axes) -> Axes:
     ax.set(xlabel="ACC, ASR (%)", ylabel="", xlim=(-4, 104))
     ax.grid(axis="y", linewidth=0.3)
     ax.legend(title=None, loc="upper left", bbox_to_anchor=(1, 1), fontsize=8)  # beside the points, never on them
+    return ax
+
+
+def cam_grid(images: dict[str, torch.Tensor], maps: dict[str, dict[str, torch.Tensor]]) -> Figure:
+    """Grad-CAM maps over images: a row for each key of `images` (name -> (N, C, H, W)), a block of N columns for each key of `maps`.
+
+    maps: name of the network -> name of the images -> (N, H, W) in [0, 1].
+    """
+    count = len(next(iter(images.values())))
+    size = (1.15 * (count * len(maps)) + 1, 1.25 * len(images) + 0.6)
+    figure, axes = plt.subplots(len(images), count * len(maps), figsize=size, layout="constrained", squeeze=False)
+    for row, (kind, pictures) in enumerate(images.items()):
+        for block, (network, by_kind) in enumerate(maps.items()):
+            for k in range(count):
+                ax = axes[row, block * count + k]
+                ax.imshow(pictures[k].permute(1, 2, 0).cpu().numpy().squeeze(), cmap="gray", vmin=0, vmax=1)
+                ax.imshow(by_kind[kind][k].cpu().numpy(), cmap="inferno", vmin=0, vmax=1, alpha=0.55)
+                ax.set(xticks=[], yticks=[])
+                if not row and not k:
+                    ax.set_title(network, loc="left", fontsize=10)
+        axes[row, 0].set_ylabel(kind, fontsize=10)
+    return figure
+
+
+def scatter(points: pd.DataFrame, ax: Axes, title: str = "", legend: bool = True) -> Axes:
+    """Points of a t-SNE: columns x, y and group, a class or "triggered" (black crosses).  The axes have no unit, so no ticks."""
+    clean, triggered = points[points["group"] != "triggered"], points[points["group"] == "triggered"]
+    classes = sorted(clean["group"].unique())
+    palette = sns.color_palette("tab10" if len(classes) <= 10 else "husl", len(classes))
+    common = {"x": "x", "y": "y", "linewidth": 0, "ax": ax}
+    sns.scatterplot(clean, hue="group", hue_order=classes, palette=palette, s=16, alpha=0.8, **common)
+    ax.scatter(triggered["x"], triggered["y"], color="black", marker="x", s=9, linewidth=0.6, label="triggered")
+    ax.set(xticks=[], yticks=[], xlabel="", ylabel="", title=title)
+    ax.legend(title=None, fontsize=7, markerscale=1.3, loc="upper left", bbox_to_anchor=(1, 1))
+    if not legend:
+        ax.get_legend().remove()
+    return ax
+
+
+def histogram(values: pd.DataFrame, x: str, hue: str, ax: Axes, xlabel: str) -> Axes:
+    """Distributions of the column `x`, one for each value of the column `hue`, each summing to 100%."""
+    sns.histplot(
+        values, x=x, hue=hue, bins=30, element="step", stat="percent", common_norm=False, palette="colorblind", ax=ax
+    )
+    ax.set(xlabel=xlabel, ylabel="images (%)")
+    ax.get_legend().set_title(None)
+    return ax
+
+
+def effects(table: pd.DataFrame, ax: Axes) -> Axes:
+    """Effect sizes: a column for each norm, a row for each channel; every channel a point, a bar at the mean."""
+    tidy = table.rename(columns=NORM_NAMES).melt(var_name="norm", value_name="effect")
+    common = {"x": "norm", "y": "effect", "ax": ax}
+    sns.stripplot(tidy, color=_PALETTE[0], size=3, alpha=0.6, **common)
+    sns.pointplot(tidy, color="black", linestyle="none", marker="_", markersize=24, errorbar=None, **common)
+    ax.axhline(0, color=COLORS["no defense"], linewidth=0.8)
+    ax.set(xlabel="norm of the feature map", ylabel="effect of the trigger (Cohen's d)")
+    return ax
+
+
+def pruning_curve(rows: pd.DataFrame, value: str, ax: Axes) -> Axes:
+    """`value` (acc or asr) over the number of pruned channels for each order: mean line over seeds, every seed a point.
+
+    rows: with the columns order and channels.
+    """
+    rows = rows.assign(percent=100 * rows[value])
+    common = {"x": "channels", "y": "percent", "hue": "order", "palette": "colorblind", "ax": ax}
+    sns.lineplot(rows, errorbar=None, **common)
+    sns.scatterplot(rows, alpha=0.5, s=12, legend=False, **common)
+    ax.set(xlabel="channels pruned", ylabel=METRICS[value], ylim=(-4, 104))
+    ax.legend(title=None, fontsize=8)
+    return ax
+
+
+def phases(table: pd.DataFrame, ax: Axes) -> Axes:
+    """ACC and ASR along the phases of a method; `table` has the columns phase, step, acc and asr, in order."""
+    places = range(len(table))
+    for value, color in (("acc", _PALETTE[0]), ("asr", _PALETTE[3])):
+        ax.plot(places, 100 * table[value], marker="o", color=color, label=value.upper())
+    ends = [k for k in places[1:] if table["phase"].iloc[k] != table["phase"].iloc[k - 1]]
+    for start in (0, *ends):
+        ax.axvline(start - 0.5, color=COLORS["no defense"], linewidth=0.8)
+        ax.text(start - 0.4, 104, table["phase"].iloc[start], fontsize=9, va="bottom")
+    ax.set(ylabel="ACC, ASR (%)", ylim=(-4, 112), xlabel="")
+    ax.set_xticks(places, table["step"], rotation=45, ha="right", fontsize=8)
+    ax.legend(fontsize=8, loc="center left")
+    return ax
+
+
+def threshold_sweep(table: pd.DataFrame, chosen: float, oracle: float, ax: Axes) -> Axes:
+    """ACC, ASR and held-out clean accuracy over the threshold; the chosen one and the oracle as vertical lines."""
+    lines = {"acc": ("ACC, test", _PALETTE[0], "-"), "held": ("accuracy, held-out clean", _PALETTE[0], ":")}
+    for value, (label, color, style) in (lines | {"asr": ("ASR, test", _PALETTE[3], "-")}).items():
+        ax.plot(table["threshold"], 100 * table[value], color=color, linestyle=style, marker=".", label=label)
+    ax.axvline(chosen, color="black", linewidth=1, label="chosen without the trigger")
+    ax.axvline(oracle, color=COLORS["no defense"], linewidth=1, linestyle="--", label="oracle")
+    ax.set(xlabel="threshold on the mask", ylabel="share of images (%)", ylim=(-4, 104))
+    ax.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    return ax
+
+
+def ranked(table: pd.DataFrame, values: list[str], ax: Axes, xlabel: str, ylabel: str) -> Axes:
+    """The columns `values` as lines over the row's rank."""
+    for name, color in zip(values, _PALETTE, strict=False):
+        ax.plot(range(1, len(table) + 1), table[name], label=name, color=color, linewidth=1.4)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend(fontsize=8)
     return ax
 
 

@@ -77,7 +77,7 @@ def plan(
         for dataset in axes.get("dataset") or [None]:
             base = known | {"profile": profile}
             if profile != known["profile"] or dataset is not None:
-                base |= profiles.defaults(profile, dataset)
+                base |= profiles.defaults(profile, dataset, notebook.stem)
             chosen = {name: values for name, values in axes.items() if values and name != "dataset"}
             for values in itertools.product(*chosen.values()):
                 parameters = base | dict(zip(chosen, values, strict=True)) | extra
@@ -130,7 +130,7 @@ def check(run: Run) -> None:
     )
     if _on_disk(setting.dataset):
         train_split, _ = _splits(setting.profile, setting.dataset)
-        data.resolve_budget(setting.budget, train_split)
+        setting.images(train_split)
         setting.threat.wanted(torch.zeros(1, dtype=torch.long), len(train_split.classes))
 
 

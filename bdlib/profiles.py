@@ -29,10 +29,13 @@ def train_limit(profile: str) -> int | None:
     return QUICK_TRAIN_LIMIT if profile == "quick" else None
 
 
-def defaults(profile: str, dataset: str | None = None) -> dict[str, object]:
-    """Notebook parameters that runall.py fills in where the command line names none."""
+def defaults(profile: str, dataset: str | None = None, notebook: str = "") -> dict[str, object]:
+    """Parameters of a notebook that runall.py fills in where the command line names none."""
     require(profile)
     dataset = dataset or ("signs" if profile == "quick" else "cifar10")
     arch = "preact_resnet18:8" if profile == "quick" else "preact_resnet18"
     budget = 200 if dataset in ("signs", "digits") else 500
+    if notebook == "04_cbd":
+        budget = 0  # the whole training split
+        arch = arch if profile == "quick" else "wrn_16_1"
     return {"profile": profile, "dataset": dataset, "arch": arch, "budget": budget}

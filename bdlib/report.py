@@ -2,6 +2,7 @@
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -11,12 +12,14 @@ from bdlib import figures, results
 
 
 def main(runs: Path, out: Path) -> None:
-    """Write out/awm_rows.csv from every results.csv below `runs`, and the figures drawn from it."""
+    """Write out/PAPER_rows.csv for every notebook with a results.csv below `runs`, and the figures drawn from these rows."""
     rows = results.load(*sorted(runs.rglob("results.csv")))
     rows = rows.drop_duplicates([*results.SETTING, "seed"]).sort_values([*results.SETTING, "seed"])
-    results.save(rows, out / "awm_rows.csv")
-    figures.save(budget_figure(rows), out / "awm_budget")
-    figures.save(sensitivity_figure(rows), out / "awm_sensitivity")
+    for notebook, part in rows.groupby("notebook"):
+        paper = notebook.partition("_")[2]
+        results.save(part, out / f"{paper}_rows.csv")
+        for name, draw in FIGURES.get(paper, {}).items():
+            figures.save(draw(part), out / f"{paper}_{name}")
 
 
 def draw_batch(rows: pd.DataFrame, out: Path) -> None:
@@ -34,9 +37,8 @@ def methods_figure(rows: pd.DataFrame) -> plt.Figure:
     return figure
 
 
-def budget_figure(rows: pd.DataFrame) -> plt.Figure:
-    """ASR and ACC over the clean budget: AWM, AWM with its mask thresholded, fine-tuning."""
-    methods = [("awm", "soft"), ("awm", "thresholded"), ("fine_tuning", "default")]
+def budget_figure(rows: pd.DataFrame, methods: list[tuple[str, str]]) -> plt.Figure:
+    """ASR and ACC over the clean budget of these methods, each a pair of defense and variant."""
     chosen = rows[[pair in methods for pair in zip(rows["defense"], rows["variant"], strict=True)]]
     if chosen.empty:
         return empty_figure()
@@ -48,18 +50,51 @@ def budget_figure(rows: pd.DataFrame) -> plt.Figure:
     return figure
 
 
-def sensitivity_figure(rows: pd.DataFrame) -> plt.Figure:
-    """ACC and ASR of AWM with one setting changed at a time."""
-    ablated = rows[~rows["variant"].isin(["soft", "thresholded", "default"]) & (rows["defense"] == "awm")]
+def variants_figure(
+    rows: pd.DataFrame, defense: str, default: str = "default", hidden: tuple[str, ...] = ()
+) -> plt.Figure:
+    """ACC and ASR of a defense, one setting changed at a time, below its default at the same budget; without `hidden` variants."""
+    rows = rows[(rows["defense"] == defense) & ~rows["variant"].isin(hidden)]
+    ablated = rows[rows["variant"] != default]
     if ablated.empty:
         return empty_figure()
-    budget = ablated["budget"].iloc[0]
-    chosen = pd.concat(
-        [rows.query("defense == 'awm' and variant == 'soft' and budget == @budget").assign(variant="default"), ablated]
-    )
-    figure, ax = plt.subplots(figsize=(7, 4.6), layout="constrained")
+    budget = ablated["budget"].mode()[0]
+    usual = rows[(rows["variant"] == default) & (rows["budget"] == budget)]
+    chosen = pd.concat([usual.assign(variant="default"), ablated])
+    figure, ax = plt.subplots(figsize=(7, 1.2 + 0.3 * chosen["variant"].nunique()), layout="constrained")
     figures.acc_and_asr(chosen, "variant", ax)
-    ax.set_title(f"{setting_title(chosen)}, {budget} clean images", fontsize=10)
+    ax.set_title(f"{setting_title(chosen)}, {budget} images", fontsize=10)
+    return figure
+
+
+def pruning_figure(rows: pd.DataFrame) -> plt.Figure:
+    """ASR and ACC over the number of pruned channels in each order, from the rows of l-infinity pruning."""
+    parts = rows["variant"].str.extract(r"^(?P<order>\w+), (?P<channels>\d+) channels$")
+    curve = rows.join(parts).dropna(subset="order").astype({"channels": "float"})
+    if curve.empty:
+        return empty_figure()
+    curve = curve[curve["attack"] == curve["attack"].mode()[0]]
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for value, ax in zip(("asr", "acc"), axes, strict=True):
+        figures.pruning_curve(curve, value, ax)
+    axes[0].get_legend().remove()
+    figure.suptitle(setting_title(curve), fontsize=10)
+    return figure
+
+
+def effects_figure(rows: pd.DataFrame) -> plt.Figure:
+    """Mean effect of each attack's trigger on the three norms, from the measures of l-infinity pruning: every seed a point."""
+    measured = rows[rows["measures"].str.contains("d_linf")]
+    if measured.empty:
+        return empty_figure()
+    table = results.with_measures(measured).rename(columns={f"d_{norm}": norm for norm in figures.NORM_NAMES})
+    attacks = table.groupby("attack", sort=False)
+    figure, axes = plt.subplots(
+        1, len(attacks), figsize=(3.4 * len(attacks), 3.2), layout="constrained", squeeze=False, sharey=True
+    )
+    for (_, part), ax in zip(attacks, axes[0], strict=True):
+        figures.effects(part[list(figures.NORM_NAMES)], ax)
+        ax.set_title(setting_title(part), fontsize=8)
     return figure
 
 
@@ -77,6 +112,26 @@ def setting_title(rows: pd.DataFrame) -> str:
     seeds = rows["seed"].nunique()
     return f"{' · '.join(words)} · {seeds} seed{'s' if seeds > 1 else ''}"
 
+
+AWM = [("awm", "soft"), ("awm", "thresholded"), ("fine_tuning", "default")]
+RNP = [("rnp", "default"), ("fine_tuning", "default")]
+FT_SAM = [("ft_sam", "default"), ("fine_tuning", "default")]
+# Paper -> name of the figure -> how it is drawn from the paper's rows.
+FIGURES: dict[str, dict[str, Callable[[pd.DataFrame], plt.Figure]]] = {
+    "awm": {
+        "budget": lambda rows: budget_figure(rows, AWM),
+        "sensitivity": lambda rows: variants_figure(rows, "awm", "soft", ("thresholded",)),
+    },
+    "linf_pruning": {"curve": pruning_figure, "effects": effects_figure},
+    "rnp": {
+        "budget": lambda rows: budget_figure(rows, RNP),
+        "variants": lambda rows: variants_figure(rows, "rnp", hidden=("oracle threshold",)),
+    },
+    "ft_sam": {
+        "budget": lambda rows: budget_figure(rows, FT_SAM),
+        "ablation": lambda rows: variants_figure(rows, "ft_sam"),
+    },
+}
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,5 +1,6 @@
 """Rows of results: their columns, their files, and the comparison with published numbers."""
 
+import json
 from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
@@ -34,6 +35,7 @@ COLUMNS = [
         "der",
         "asr_all_classes",
         "acc_non_target",
+        "measures",  # further numbers of a notebook, a JSON object
     ),
     *("seconds", "peak_memory_mb", "device", "torch", "bdlib", "config", "config_sha256"),
 ]
@@ -80,6 +82,12 @@ def load(*paths: Path) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
 
 
+def with_measures(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with a column for each of their `measures`; empty where a row has none of that name."""
+    measures = pd.DataFrame([json.loads(text) for text in rows["measures"]], index=rows.index)
+    return rows.drop(columns="measures").join(measures)
+
+
 def over_seeds(rows: pd.DataFrame, values: Iterable[str] = SHOWN) -> pd.DataFrame:
     """Mean and standard deviation (over n - 1) of each value over the seeds of a setting, and the number of seeds."""
     grouped = rows.groupby(SETTING, sort=False)
@@ -109,7 +117,7 @@ def paper_vs_ours(rows: pd.DataFrame, defense: str, attack: str) -> pd.DataFrame
             "who": "published",
             "dataset": row.dataset,
             "clean budget": row.clean_budget,
-            "ACC": row.acc,
+            "ACC": row.acc if pd.notna(row.acc) else "not available",
             "ASR": row.asr,
             "seeds": "not stated",
             "source or protocol": "; ".join(

@@ -1,7 +1,8 @@
 """The training loop: the whole split on the device, a batch is an index, augmentation is a function on a batch."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,40 @@ class TrainConfig:
             raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}")
 
 
+class Batches:
+    """Shuffled batches of a split on a device, with the crops and flips that the dataset allows; to iterate once is one epoch.
+
+    A batch is (images float32 (B, C, H, W) in [0, 1], labels (B,), positions in the split (B,)).
+    Raises ValueError for an empty split.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset,
+        batch_size: int,
+        device: torch.device,
+        *,
+        generator: torch.Generator,
+        drop_last: bool = False,
+    ):
+        if not len(dataset):
+            raise ValueError("training needs at least one image, got an empty split")
+        self.padding, self.flip = dataset.crop_padding, dataset.flip
+        self.padded = pad_for_crops(dataset.images.to(device), dataset.crop_padding)
+        self.labels, self.generator = dataset.labels.to(device), generator
+        self.batch_size = min(batch_size, len(dataset))
+        self.steps = (math.floor if drop_last else math.ceil)(len(dataset) / self.batch_size)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        order = torch.randperm(len(self.labels), generator=self.generator).to(self.labels.device)
+        for picks in order[: self.steps * self.batch_size].split(self.batch_size):
+            images = crop_flip(self.padded, picks, self.padding, self.flip, generator=self.generator)
+            yield to_float(images), self.labels[picks], picks
+
+
 def fit(
     model: nn.Module, dataset: Dataset, config: TrainConfig, *, generator: torch.Generator, watch: Watch = iter
 ) -> nn.Module:
@@ -46,25 +81,18 @@ def fit(
     Crops and flips are those that the dataset allows.
     Raises ValueError for an empty split, FloatingPointError when the loss is no longer a number.
     """
-    if not len(dataset):
-        raise ValueError("training needs at least one image, got an empty split")
     device = next(model.parameters()).device
-    padded = pad_for_crops(dataset.images.to(device), dataset.crop_padding)
-    labels = dataset.labels.to(device)
-    batch_size = min(config.batch_size, len(dataset))
-    steps = len(dataset) // batch_size if config.drop_last else math.ceil(len(dataset) / batch_size)
+    batches = Batches(dataset, config.batch_size, device, generator=generator, drop_last=config.drop_last)
     optimizer = torch.optim.SGD(
         model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(config.schedule, config.epochs * steps))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(config.schedule, config.epochs * len(batches)))
     with seeded(generator, device):
         for epoch in watch(range(config.epochs)):
             model.train()
             total = torch.zeros((), device=device)
-            order = torch.randperm(len(dataset), generator=generator).to(device)
-            for picks in order[: steps * batch_size].split(batch_size):
-                images = to_float(crop_flip(padded, picks, dataset.crop_padding, dataset.flip, generator=generator))
-                loss = F.cross_entropy(model(images), labels[picks])
+            for images, labels, _ in batches:
+                loss = F.cross_entropy(model(images), labels)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
@@ -81,6 +109,28 @@ def lr_factor(schedule: str, steps: int) -> Callable[[int], float]:
     if schedule == "one_cycle":
         return lambda step: min((step + 1) / (0.2 * steps), max(steps - step, 0) / (0.8 * steps))
     return lambda step: 1.0
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, dataset: Dataset) -> float:
+    """Share of the images that the model, in eval(), calls their class."""
+    device = next(model.parameters()).device
+    images, labels = dataset.images.to(device), dataset.labels.to(device)
+    with evaluating(model):
+        right = [model(to_float(x)).argmax(1) == y for x, y in zip(images.split(500), labels.split(500), strict=True)]
+    return torch.cat(right).double().mean().item()
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval() for a block; after it every module's mode is as before."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 def require_finite(loss: torch.Tensor, where: str) -> None:

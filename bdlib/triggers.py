@@ -1,5 +1,6 @@
 """Triggers: functions that put the attacker's pattern on images, float32 (N, C, H, W) in [0, 1] in and out."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -49,13 +50,32 @@ def blended(alpha: float = 0.2, seed: int = 0) -> Trigger:
     return apply
 
 
+def signal(delta: float = 40 / 255, frequency: float = 6.0) -> Trigger:
+    """A trigger that adds a horizontal sine wave to the whole picture: x + delta sin(2 pi j frequency / width), clipped to [0, 1].
+
+    delta: amplitude in units of the image, frequency: waves across its width j, as in BackdoorBench's SIG.
+    Raises ValueError if delta is not in (0, 1].
+    """
+    if not 0 < delta <= 1:
+        raise ValueError(f"delta must be in (0, 1], got {delta}")
+
+    def apply(images: torch.Tensor) -> torch.Tensor:
+        width = images.shape[3]
+        wave = delta * torch.sin(2 * math.pi * torch.arange(width) * frequency / width)
+        return (images + wave.to(images)).clamp(0, 1)
+
+    return apply
+
+
 # Name -> how to make the trigger.  Sources: BackdoorBench (white 3 x 3), ANP, RNP, CBD (grid), AWM (white 4 x 4, one pixel off
-# the corner), BackdoorBench and ANP (Blended, alpha .2; theirs blend an image file, ours fixed noise).
+# the corner), BackdoorBench and ANP (Blended, alpha .2; theirs blend an image file, ours fixed noise), BackdoorBench (the wave of SIG;
+# here the labels of poisoned images are changed as in the other attacks, while SIG itself is a clean-label attack).
 TRIGGERS: dict[str, Callable[[], Trigger]] = {
     "badnets": lambda: patch(WHITE_3),
     "badnets_grid": lambda: patch(GRID_3),
     "badnets_4x4": lambda: patch(WHITE_4, margin=1),
     "blended": blended,
+    "signal": signal,
 }
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from bdlib.augment import crop_flip, pad_for_crops, random_resized_crop
+from bdlib.augment import crop_flip, cutout, pad_for_crops, random_resized_crop
 
 
 def test_every_crop_is_a_window_of_its_own_image(generator):
@@ -53,3 +53,25 @@ def test_zoomed_copies_flip_half_of_the_images(generator):
 def test_same_generator_same_batch(tiny, untouched):
     draw = lambda: random_resized_crop(tiny.floats(), True, generator=torch.Generator().manual_seed(0))
     assert torch.equal(draw(), draw())
+
+
+def test_cutout_is_one_black_square_cut_at_the_edges_with_every_center(generator):
+    for size in (2, 3):
+        images = torch.rand(600, 2, 5, 6, generator=generator) / 2 + 0.25
+        before = images.clone()
+        out = cutout(images, size, generator=generator)
+        expected = {}
+        for y in range(5):
+            for x in range(6):
+                hole = torch.zeros(5, 6, dtype=torch.bool)
+                hole[max(y - size // 2, 0) : y - size // 2 + size, max(x - size // 2, 0) : x - size // 2 + size] = True
+                expected[tuple(hole.flatten().tolist())] = (y, x)
+        seen = {expected[tuple((image[0] == 0).flatten().tolist())] for image in out}
+        assert len(seen) == 30 and torch.equal(images, before)
+        black = (out == 0).all(1, keepdim=True)
+        assert torch.equal(out, torch.where(black, 0.0, images))
+
+
+def test_cutout_depends_on_the_generator_alone(tiny, untouched):
+    draw = lambda seed: cutout(tiny.floats(), 3, generator=torch.Generator().manual_seed(seed))
+    assert torch.equal(draw(0), draw(0)) and not torch.equal(draw(0), draw(1))

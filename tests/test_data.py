@@ -235,3 +235,33 @@ def test_the_hash_sees_pixels_labels_and_shape(tiny):
         data.replace(tiny, images=tiny.images.reshape(36, 3, 4, 16)),
     ]
     assert len({variant.sha256() for variant in variants}) == 4
+
+
+def pictures(dataset):
+    return [(image.numpy().tobytes(), int(label)) for image, label in zip(dataset.images, dataset.labels, strict=True)]
+
+
+@pytest.mark.parametrize(("share", "count"), [(0.25, 3), (0.2, 2), (0.3, 4), (0.99, 11)])
+def test_held_out_images_are_a_share_of_every_class_and_the_rest_is_kept(tiny, generator, share, count):
+    kept, held = data.hold_out(tiny, share, generator=generator)
+    assert torch.bincount(held.labels).tolist() == [count] * 3 and len(kept) == 36 - 3 * count
+    assert sorted(pictures(kept) + pictures(held)) == sorted(pictures(tiny))  # all pictures differ: none is in both
+    assert (kept.classes, kept.crop_padding, kept.flip) == (tiny.classes, tiny.crop_padding, tiny.flip)
+
+
+def test_a_class_keeps_one_image_and_one_without_images_is_no_matter(tiny, generator):
+    unequal = tiny.subset(torch.tensor([0, 3, 6, 1]))  # three red, one green, no blue
+    kept, held = data.hold_out(unequal, 0.9, generator=generator)
+    assert sorted(kept.labels.tolist()) == [0, 1] and held.labels.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(("count", "share"), [(3, 0.9), (6, 0.2), (36, 0.0), (0, 0.5)])
+def test_where_no_class_can_give_one_both_parts_are_the_whole(tiny, generator, count, share):
+    clean = tiny.subset(slice(count))
+    kept, held = data.hold_out(clean, share, generator=generator)
+    assert pictures(kept) == pictures(held) == pictures(clean)
+
+
+def test_what_is_held_out_depends_on_the_generator_alone(tiny, untouched):
+    draw = lambda seed: data.hold_out(tiny, 0.25, generator=torch.Generator().manual_seed(seed))[1].sha256()
+    assert draw(0) == draw(0) != draw(1)

@@ -1,5 +1,7 @@
 """Figures: what is on the axes, the same color for the same method, the same bytes for the same figure."""
 
+import json
+
 import matplotlib.pyplot as plt
 import pandas as pd
 import pytest
@@ -68,7 +70,7 @@ def test_mask_histogram_is_on_a_log_scale(ax):
 
 def test_the_same_figure_gives_the_same_bytes(tmp_path, rows):
     for name in ("a", "b"):
-        figures.save(report.budget_figure(rows), tmp_path / name)
+        figures.save(report.budget_figure(rows, report.AWM), tmp_path / name)
     for suffix in (".png", ".svg"):
         assert (tmp_path / f"a{suffix}").read_bytes() == (tmp_path / f"b{suffix}").read_bytes()
 
@@ -85,6 +87,72 @@ def test_report_collects_rows_once_and_draws_them(tmp_path, rows):
 
 
 def test_no_stored_rows_is_said_in_the_figure():
-    figure = report.budget_figure(results.load())
+    figure = report.budget_figure(results.load(), report.AWM)
     assert "make figures" in figure.axes[0].texts[0].get_text()
+    plt.close(figure)
+
+
+def test_every_figure_of_every_paper_says_it_has_no_rows_where_there_are_none():
+    for figures_of_paper in report.FIGURES.values():
+        for draw in figures_of_paper.values():
+            figure = draw(results.load())
+            assert "make figures" in figure.axes[0].texts[0].get_text()
+            plt.close(figure)
+
+
+def test_the_pruning_curve_has_a_line_for_each_order():
+    names = [f"{order}, {count} channels" for order in ("linf", "random") for count in (0, 4)]
+    rows = [row(defense="linf_pruning", variant=name, asr=0.9 - k / 10) for k, name in enumerate([*names, "linf"])]
+    figure = report.pruning_figure(results.table(rows))
+    lines = [line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 2]
+    assert [line.get_ydata().tolist() for line in lines] == [pytest.approx([90, 80]), pytest.approx([70, 60])]
+    assert [line.get_xdata().tolist() for line in lines] == [[0, 4], [0, 4]]
+    plt.close(figure)
+
+
+def test_effects_are_drawn_for_each_attack_on_the_three_norms():
+    effect = lambda attack, values: row(
+        attack=attack, measures=json.dumps(dict(zip(("d_l1", "d_l2", "d_linf"), values, strict=True)))
+    )
+    figure = report.effects_figure(results.table([effect("badnets", (1, 2, 3)), effect("blended", (3, 2, 1)), row()]))
+    assert [ax.get_title().split(" · ")[1] for ax in figure.axes] == ["badnets", "blended"]
+    assert [point.get_offsets()[0][1] for point in figure.axes[0].collections] == [1, 2, 3]
+    plt.close(figure)
+
+
+def test_variants_are_compared_with_the_default_at_their_budget():
+    rows = [
+        row(variant="soft", budget=200, acc=0.9),
+        row(variant="soft", budget=50, acc=0.1),
+        row(variant="tau=10", budget=200),
+    ]
+    figure = report.variants_figure(results.table(rows), "awm", "soft")
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["default", "tau=10"]
+    assert 10.0 not in {x for line in figure.axes[0].collections for x, _ in line.get_offsets()}
+    plt.close(figure)
+
+
+def test_the_threshold_sweep_marks_the_choice_and_the_oracle(ax):
+    table = pd.DataFrame({"threshold": [0.0, 0.1], "acc": [0.9, 0.8], "asr": [1.0, 0.0], "held": [1.0, 0.9]})
+    figures.threshold_sweep(table, 0.0, 0.1, ax)
+    lines = {line.get_label(): line for line in ax.get_lines()}
+    assert lines["ASR, test"].get_ydata().tolist() == [100, 0]
+    assert lines["chosen without the trigger"].get_xdata()[0] == 0.0 and lines["oracle"].get_xdata()[0] == 0.1
+
+
+def test_phases_are_named_where_they_begin(ax):
+    table = pd.DataFrame(
+        {"phase": ["1 a", "1 a", "2 b"], "step": ["x", "y", "z"], "acc": [1, 0.5, 0.7], "asr": [1, 1, 0.2]}
+    )
+    figures.phases(table, ax)
+    assert [(text.get_text(), text.get_position()[0]) for text in ax.texts] == [("1 a", -0.4), ("2 b", 1.6)]
+
+
+def test_a_cam_grid_has_a_row_for_each_kind_and_a_block_for_each_network():
+    images = {kind: torch.rand(2, 3, 8, 8) for kind in ("clean", "triggered")}
+    maps = {network: {kind: torch.rand(2, 8, 8) for kind in images} for network in ("vanilla", "backdoored")}
+    figure = figures.cam_grid(images, maps)
+    assert len(figure.axes) == 8 and all(len(ax.images) == 2 for ax in figure.axes)
+    assert [ax.get_title(loc="left") for ax in figure.axes[:4]] == ["vanilla", "", "backdoored", ""]
+    assert [ax.get_ylabel() for ax in figure.axes[::4]] == ["clean", "triggered"]
     plt.close(figure)

@@ -14,14 +14,29 @@ from bdlib import experiment, results
 ROOT = Path(__file__).parents[1]
 BANDS = pd.read_csv(ROOT / "tests" / "key_numbers.csv")
 HERE = BANDS[BANDS["measured"] == "here"]
-STORED = [("figures/awm_rows.csv", HERE.query("notebook == '02_awm'"))]
+STORED = [(f"figures/{name.partition('_')[2]}_rows.csv", bands) for name, bands in HERE.groupby("notebook")]
+STORED = [(path, bands) for path, bands in STORED if path != "figures/backdoors_rows.csv"]  # 00 has no sweeps
 STORED += list(BANDS[BANDS["measured"] != "here"].groupby("measured"))
 SEEDS = {0, 1, 2}
 
 
+def derived(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows with their further measures, and with the drops and ratios that the bands name."""
+    rows = results.with_measures(rows)
+    tuned = (
+        rows.query("defense == 'fine_tuning'").groupby(["notebook", "seed", "budget"])["asr"].first().rename("asr_ft")
+    )
+    rows = rows.join(tuned, on=["notebook", "seed", "budget"])
+    return rows.assign(
+        acc_drop=rows["acc_before"] - rows["acc"],
+        asr_ratio=rows["asr"] / rows["asr_before"],
+        asr_over_ft=rows["asr"] / rows["asr_ft"],
+    )
+
+
 def outside(rows: pd.DataFrame, bands: pd.DataFrame) -> list[str]:
     """A line for each band that the mean over the seeds of these rows misses, or that has no row."""
-    rows = rows.assign(acc_drop=rows["acc_before"] - rows["acc"])
+    rows = derived(rows)
     wrong = []
     for band in bands.itertuples():
         values = rows.query("notebook == @band.notebook").query(band.where)[band.quantity]

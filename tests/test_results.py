@@ -17,6 +17,7 @@ def row(**values):
         defense="awm",
         variant="soft",
         config="{}",
+        measures="{}",
         config_sha256="x",
         dataset_sha256="y",
     )

@@ -127,3 +127,74 @@ def test_an_empty_split_is_an_error(tiny, network, generator):
 def test_values_out_of_range_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         TrainConfig(**values)
+
+
+def batches_of(dataset, batch_size=8, seed=0, **settings):
+    source = torch.Generator().manual_seed(seed)
+    return train.Batches(dataset, batch_size, torch.device("cpu"), generator=source, **settings)
+
+
+def test_an_epoch_of_batches_is_every_image_once_with_its_label_and_position(tiny):
+    plain = replace(tiny, crop_padding=0, flip=False)
+    batches = batches_of(plain)
+    epoch = list(batches)
+    assert [len(labels) for _, labels, _ in epoch] == [8, 8, 8, 8, 4] and len(batches) == 5
+    assert sorted(torch.cat([picks for _, _, picks in epoch]).tolist()) == list(range(36))
+    for images, labels, picks in epoch:
+        assert torch.equal(images, plain.images[picks].float() / 255) and torch.equal(labels, plain.labels[picks])
+
+
+def test_batches_without_the_last_are_all_full(tiny):
+    batches = batches_of(tiny, drop_last=True)
+    assert [len(labels) for _, labels, _ in batches] == [8, 8, 8, 8] and len(batches) == 4
+    assert [len(labels) for _, labels, _ in batches_of(tiny, 12, drop_last=True)] == [12, 12, 12]
+    assert [len(labels) for _, labels, _ in batches_of(tiny, 500, drop_last=True)] == [36]
+
+
+def test_the_order_of_batches_differs_between_epochs_and_repeats_with_the_seed(tiny, untouched):
+    order = lambda batches: torch.cat([picks for _, _, picks in batches]).tolist()
+    batches, again = batches_of(tiny), batches_of(tiny)
+    first, second = order(batches), order(batches)
+    assert first != second and (first, second) == (order(again), order(again))
+    assert first != order(batches_of(tiny, seed=1)) and list(range(36)) not in (first, second)
+
+
+def test_batches_are_cropped_and_flipped_where_the_dataset_allows(tiny):
+    everything = lambda dataset: next(iter(batches_of(dataset, 36)))
+    images, _, picks = everything(replace(tiny, crop_padding=0, flip=True))
+    original = tiny.floats()[picks]
+    flipped = [torch.equal(image, other.flip(2)) for image, other in zip(images, original, strict=True)]
+    untouched = [torch.equal(image, other) for image, other in zip(images, original, strict=True)]
+    assert 5 < sum(flipped) < 31 and sum(flipped) + sum(untouched) == 36
+    images, _, picks = everything(replace(tiny, crop_padding=1, flip=False))
+    padded = F.pad(tiny.floats()[picks], (1, 1, 1, 1))
+    windows = [padded[:, :, dy : dy + 8, dx : dx + 8] for dy in range(3) for dx in range(3)]
+    hits = torch.stack([(images == window).flatten(1).all(1) for window in windows])
+    assert hits.any(0).all() and (hits.sum(1) > 0).sum() > 5
+
+
+def test_batches_of_nothing_are_an_error(tiny):
+    with pytest.raises(ValueError, match="training needs at least one image, got an empty split"):
+        batches_of(tiny.subset(slice(0)))
+
+
+class Brightest(nn.Module):
+    """Calls an image after its brightest channel in eval(), and after the darkest in train()."""
+
+    def __init__(self):
+        super().__init__()
+        self.sign = nn.Parameter(torch.ones(()))
+
+    def forward(self, images):
+        return images.mean((2, 3)) * (-self.sign if self.training else self.sign)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_accuracy_by_hand_in_eval_with_the_mode_put_back(tiny, training):
+    many = tiny.subset(torch.arange(720) % 36)  # more than one pass
+    wrong = torch.arange(720) >= 630
+    model = Brightest().train(training)
+    assert train.accuracy(model, many) == 1.0
+    labels = torch.where(wrong, (many.labels + 1) % 3, many.labels)
+    assert train.accuracy(model, replace(many, labels=labels)) == 0.875
+    assert model.training == training and model.sign.requires_grad

@@ -62,3 +62,25 @@ def test_alpha_outside_its_range_is_refused(alpha):
 def test_unknown_trigger_says_what_is_allowed():
     with pytest.raises(ValueError, match="one of badnets, .*, got 'badnet'"):
         triggers.make("badnet")
+
+
+def test_signal_is_a_sine_across_the_width():
+    wide = torch.full((2, 3, 5, 24), 0.5)
+    # 6 waves of 4 pixels each: the sine is 0, 1, 0, -1
+    expected = torch.tensor([0.5, 0.5 + 40 / 255, 0.5, 0.5 - 40 / 255]).repeat(6).expand(2, 3, 5, 24)
+    assert torch.allclose(triggers.make("signal")(wide), expected, atol=1e-6)
+    by_hand = 0.5 + 0.1 * np.sin(2 * np.pi * np.arange(32) * 2 / 32)
+    assert np.allclose(triggers.signal(delta=0.1, frequency=2)(GRAY)[1, 2, 7].numpy(), by_hand, atol=1e-6)
+
+
+def test_signal_is_clipped_to_the_range():
+    images = torch.tensor([0.5, 0.9, 0.3, 0.1]).expand(1, 1, 2, 4)
+    out = triggers.signal(delta=0.4, frequency=1)(images)
+    assert torch.allclose(out, torch.tensor([0.5, 1.0, 0.3, 0.0]).expand(1, 1, 2, 4), atol=1e-6)
+    assert out.max() <= 1 and out.min() >= 0
+
+
+@pytest.mark.parametrize("delta", [0, -0.1, 40])
+def test_delta_outside_its_range_is_refused(delta):
+    with pytest.raises(ValueError, match=rf"delta must be in \(0, 1\], got {delta}"):
+        triggers.signal(delta)

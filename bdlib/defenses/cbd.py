@@ -1,0 +1,271 @@
+"""Causality-inspired backdoor defense (CBD), Zhang et al., CVPR 2023, arXiv 2303.06818.
+
+Train a clean network on a poisoned set, without clean images and without knowing which images are poisoned:
+ 1  f_B: train a network for few epochs; a backdoor is learned first, so f_B knows the backdoor and little else; freeze it
+ 2  f_C: train a second network from scratch; in each of its epochs
+ 3    critic: fit a critic that tells pairs (f_B's, f_C's embedding of an image) from pairs of two images: a bound on
+      their mutual information; keep the critic smooth (Lipschitz)
+ 4    weigh each image by w = CE_B / (CE_B + CE_C), mean 1 in a batch: what f_B finds easy counts little
+ 5    step f_C downhill on mean(w CE_C) + mi_weight (E critic(pairs) - E critic(shuffled))
+
+The defaults are the official code's (zaixizhang/CBD, 8a7bd37), but for step 3 and the last term of 5: the paper has them, the code
+ships with them off (`released_variant`).  The paper's information bottleneck on f_C's embedding is not in the code, nor here.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from bdlib.augment import cutout
+from bdlib.data import Dataset
+from bdlib.explain import last_linear
+from bdlib.randomness import seeded
+from bdlib.train import SCHEDULES, Batches, Watch, lr_factor, require_finite
+
+MakeModel = Callable[
+    [torch.Generator], nn.Module
+]  # a fresh network on the device, its weights drawn from the generator
+LIPSCHITZ = ("root", "spectral")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CbdConfig:
+    """Settings of CBD; sources: [c] official code, [o] ours.  Raises ValueError if one is out of range."""
+
+    batch_size: int = 64  # images [c]; never more than there are
+    biased_epochs: int = 5  # of f_B [c]
+    biased_lr: float = 0.1  # of f_B [c]
+    biased_schedule: str = "constant"  # of f_B [c]; or another of train.SCHEDULES
+    epochs: int = 100  # of f_C [c]
+    lr: float = 0.1  # of f_C, the highest [c]
+    schedule: str = (
+        "steps"  # of f_C: "steps": divided by 10 after 20% and 70% of the epochs [c]; or one of train.SCHEDULES
+    )
+    momentum: float = 0.9  # Nesterov [c]
+    weight_decay: float = 1e-4  # [c]
+    cutout: int = 3  # side of a black square on every training image, pixels [c]; 0 = none
+    reweight: bool = True  # step 4 [c]
+    mi_weight: float = 0.01  # of the mutual-information term; 0 = no critic, as the code ships [c]
+    critic_lr: float = 0.2  # Adam; divided by 10 every fifth of the epochs [c]
+    critic_dropout: float = 0.2  # [c]
+    # After each step every weight of the critic is divided by "root" = the square root of its largest singular value [c], or by
+    # "spectral" = that value itself, which makes each layer 1-Lipschitz.
+    lipschitz: str = "root"
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "biased_epochs", "biased_lr", "epochs", "lr", "critic_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be above 0, got {getattr(self, name)}")
+        for name in ("mi_weight", "weight_decay", "cutout"):
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        choices = {"biased_schedule": SCHEDULES, "schedule": ("steps", *SCHEDULES), "lipschitz": LIPSCHITZ}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(self, name)!r}")
+
+
+@dataclass(frozen=True)
+class CbdResult:
+    """f_C and f_B in eval(), and what was seen on the way, on the CPU.
+
+    biased_losses: f_B's loss on each training image as it was trained on, (biased_epochs, N).
+    weights: each image's weight in each epoch of f_C, (epochs, N).
+    critic: the critic's estimate E critic(pairs) - E critic(shuffled) at the end of each epoch, (epochs,); 0 without the term.
+    """
+
+    model: nn.Module
+    biased: nn.Module
+    biased_losses: torch.Tensor
+    weights: torch.Tensor
+    critic: torch.Tensor
+
+
+def cbd(
+    make_model: MakeModel, train_set: Dataset, config: CbdConfig, *, generator: torch.Generator, watch: Watch = iter
+) -> nn.Module:
+    """f_C, a network trained on the poisoned split without its backdoor (arXiv:2303.06818), in eval().
+
+    make_model: gives a fresh network, whose last nn.Linear sees the embedding, on the device to train on.
+    Raises ValueError for an empty split or a network without nn.Linear, FloatingPointError when a loss is no longer a number.
+    """
+    return run(make_model, train_set, config, generator=generator, watch=watch).model
+
+
+def run(
+    make_model: MakeModel, train_set: Dataset, config: CbdConfig, *, generator: torch.Generator, watch: Watch = iter
+) -> CbdResult:
+    """As `cbd`, with f_B, the losses, the weights and the critic's estimates beside the model."""
+    biased, losses = train_biased(make_model, train_set, config, generator=generator, watch=watch)
+    model, weights, estimates = train_clean(make_model, biased, train_set, config, generator=generator, watch=watch)
+    return CbdResult(model, biased, losses, weights, estimates)
+
+
+def recipe(count: int) -> CbdConfig:
+    """The official setting; for a small training split fewer epochs.
+
+    DIFFERS: below 10,000 images f_C has 20 epochs, because it is done by then.
+    """
+    return CbdConfig(epochs=20) if count < 10_000 else CbdConfig()
+
+
+def released_variant(config: CbdConfig) -> CbdConfig:
+    """The setting as the official code ships: re-weighting alone, no mutual-information term."""
+    return replace(config, mi_weight=0.0)
+
+
+def train_biased(
+    make_model: MakeModel, train_set: Dataset, config: CbdConfig, *, generator: torch.Generator, watch: Watch = iter
+) -> tuple[nn.Module, torch.Tensor]:
+    """f_B in eval(), without gradient, and its loss on each image as it was trained on, (biased_epochs, N) (step 1)."""
+    model = make_model(generator)
+    device = next(model.parameters()).device
+    batches = Batches(train_set, config.batch_size, device, generator=generator)
+    optimizer = sgd(model, config.biased_lr, config)
+    factor = lr_factor(config.biased_schedule, config.biased_epochs * len(batches))
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+    losses = torch.zeros(config.biased_epochs, len(train_set), device=device)
+    with seeded(generator, device):
+        for epoch in watch(range(config.biased_epochs)):
+            model.train()
+            for images, labels, picks in batches:
+                each = F.cross_entropy(model(augmented(images, config, generator)), labels, reduction="none")
+                optimizer.zero_grad()
+                each.mean().backward()
+                optimizer.step()
+                scheduler.step()
+                losses[epoch, picks] = each.detach()
+            require_finite(losses[epoch].sum(), f"epoch {epoch + 1} of CBD's f_B")
+    # The last step may have gone wrong after its loss was seen.
+    require_finite(sum(weight.detach().sum() for weight in model.parameters()), "the last step of CBD's f_B")
+    return model.eval().requires_grad_(False), losses.cpu()
+
+
+def train_clean(
+    make_model: MakeModel,
+    biased: nn.Module,
+    train_set: Dataset,
+    config: CbdConfig,
+    *,
+    generator: torch.Generator,
+    watch: Watch = iter,
+) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """f_C in eval(), the weight of each image in each epoch (epochs, N), the critic's estimates (epochs,) (steps 2 to 5)."""
+    model = make_model(generator)
+    device = next(model.parameters()).device
+    batches = Batches(train_set, config.batch_size, device, generator=generator)
+    optimizer = sgd(model, config.lr, config)
+    steps = config.epochs * len(batches)
+    if config.schedule == "steps":
+        drops = [max(1, round(share * config.epochs)) * len(batches) for share in (0.2, 0.7)]
+        scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, drops, gamma=0.1)
+    else:
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(config.schedule, steps))
+    weights = torch.zeros(config.epochs, len(train_set), device=device)
+    estimates = torch.zeros(config.epochs, device=device)
+    with seeded(generator, device):
+        critic = Critic(last_linear(model).in_features, config).to(device)
+        for epoch in watch(range(config.epochs)):
+            model.train()
+            if config.mi_weight:
+                estimates[epoch] = critic.fit(biased, model, batches, generator)
+            total = torch.zeros((), device=device)
+            for plain, labels, picks in batches:
+                images = augmented(plain, config, generator)
+                with torch.no_grad():
+                    biased_logits, biased_embedding = with_embedding(biased, images)
+                logits, embedding = with_embedding(model, images)
+                each = F.cross_entropy(logits, labels, reduction="none")
+                weight = torch.ones_like(each)
+                if config.reweight:
+                    weight = sample_weights(F.cross_entropy(biased_logits, labels, reduction="none"), each.detach())
+                loss = (weight * each).mean()
+                if config.mi_weight:
+                    loss = loss + config.mi_weight * critic.estimate(biased_embedding, embedding)
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                scheduler.step()
+                weights[epoch, picks] = weight
+                total += loss.detach()
+            require_finite(total, f"epoch {epoch + 1} of CBD's f_C")
+    return model.eval(), weights.cpu(), estimates.cpu()
+
+
+def sample_weights(biased_losses: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+    """Weights (B,), mean 1: small where f_B's loss is small beside f_C's (step 4)."""
+    # w = CE_B / (CE_C + CE_B + 1e-8), then w <- w B / sum(w)
+    weight = biased_losses / (losses + biased_losses + 1e-8)
+    return weight * len(weight) / weight.sum().clamp(min=1e-8)
+
+
+class Critic(nn.Module):
+    """A small network on pairs of embeddings: high for two embeddings of one image, low for those of two (step 3)."""
+
+    def __init__(self, width: int, config: CbdConfig):
+        super().__init__()
+        # Dropout before each layer, always on [c]
+        self.first, self.second = nn.Linear(2 * width, width), nn.Linear(width, 1)
+        self.config = config
+        self.optimizer = torch.optim.Adam(self.parameters(), lr=config.critic_lr)
+        self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, max(1, config.epochs // 5), gamma=0.1)
+
+    def forward(self, biased: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+        hidden = F.dropout(torch.cat([biased, clean], 1), self.config.critic_dropout)
+        hidden = F.dropout(F.leaky_relu(self.first(hidden)), self.config.critic_dropout)
+        return self.second(hidden)
+
+    def estimate(self, biased: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+        """E critic(r_i, z_i) - E critic(r_i, z_(i-1)): how much the pairing tells, a scalar."""
+        return self(biased, clean).mean() - self(biased, clean.roll(1, 0)).mean()
+
+    def fit(self, biased: nn.Module, model: nn.Module, batches: Batches, generator: torch.Generator) -> torch.Tensor:
+        """Raise the estimate over one epoch, the critic kept smooth after each step; the mean estimate, detached."""
+        total = torch.zeros((), device=self.second.weight.device)
+        for plain, _, _ in batches:
+            images = augmented(plain, self.config, generator)
+            with torch.no_grad():
+                # f_C in train(): its batch-norm statistics move in this pass too, as in the code.
+                pair = with_embedding(biased, images)[1], with_embedding(model, images)[1]
+            estimate = self.estimate(*pair)
+            self.optimizer.zero_grad()
+            (-self.config.mi_weight * estimate).backward()
+            self.optimizer.step()
+            self.smooth()
+            total += estimate.detach()
+        self.scheduler.step()
+        return total / len(batches)
+
+    @torch.no_grad()
+    def smooth(self) -> None:
+        """Divide every parameter by its largest singular value, or its root, in place."""
+        for layer in (self.first, self.second):
+            for parameter in (layer.weight, layer.bias):
+                largest = torch.linalg.matrix_norm(parameter.view(len(parameter), -1), 2)
+                divisor = largest.sqrt() if self.config.lipschitz == "root" else largest
+                parameter.div_(divisor.clamp(min=1e-12))
+
+
+def with_embedding(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, C) and what the last nn.Linear saw (B, D), from one pass in the model's own mode."""
+    seen: list[torch.Tensor] = []
+    handle = last_linear(model).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        return model(images), seen[0]
+    finally:
+        handle.remove()
+
+
+def augmented(images: torch.Tensor, config: CbdConfig, generator: torch.Generator) -> torch.Tensor:
+    """The batch with the code's cutout."""
+    return cutout(images, config.cutout, generator=generator) if config.cutout else images
+
+
+def sgd(model: nn.Module, lr: float, config: CbdConfig) -> torch.optim.Optimizer:
+    """The code's optimizer for both networks."""
+    return torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=config.momentum, nesterov=True, weight_decay=config.weight_decay
+    )
