@@ -283,10 +283,9 @@ def sample_scores(model: nn.Module, unlearned: nn.Module, dataset: Dataset) -> t
 
 
 def scales(model: nn.Module) -> Masks:
-    """The scale of every batch norm by parameter name."""
-    return {
-        f"{name}.weight": layer.weight for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)
-    }
+    """The scale of every batch norm that has one, by parameter name."""
+    norms = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)}
+    return {f"{name}.weight": layer.weight for name, layer in norms.items() if layer.weight is not None}
 
 
 def convolutions(model: nn.Module) -> Masks:
