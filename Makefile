@@ -2,7 +2,7 @@
 # make test        install if needed, then all tests
 # make lab         install if needed, then JupyterLab
 # make notebooks   execute the notebooks in place, so that they are stored with the outputs of the quick profile
-# make figures     rewrite figures/ from a quick grid of 21 runs (about 40 minutes on two cores; finished runs are kept)
+# make figures     rewrite figures/ from quick grids (over an hour on two cores; finished runs are kept)
 
 # An active virtual or conda environment is used; otherwise .venv is made here.
 ENV := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)),.venv)
@@ -31,8 +31,14 @@ notebooks: install
 	$(PYTHON) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 figures: install
-	$(PYTHON) runall.py --only 02_awm --budget 10 20 50 100 200 250 --seed 0 1 2 --out runs/figures/budgets
-	$(PYTHON) runall.py --only 02_awm --seed 0 1 2 --set ablations=True --out runs/figures/ablations
+	$(PYTHON) runall.py --only 02_awm --budget 10 20 50 100 200 250 --seed 0 1 2 --out runs/figures/awm_budgets
+	$(PYTHON) runall.py --only 02_awm --seed 0 1 2 --set ablations=True --out runs/figures/awm_ablations
+	$(PYTHON) runall.py --only 01_linf_pruning --seed 1 2 --out runs/figures/linf_seeds
+	$(PYTHON) runall.py --only 01_linf_pruning --seed 0 --set ablations=True --out runs/figures/linf_ablations
+	$(PYTHON) runall.py --only 01_linf_pruning --attack blended --seed 0 --out runs/figures/linf_blended
+	$(PYTHON) runall.py --only 05_ft_sam --seed 1 2 --out runs/figures/ft_sam_seeds
+	$(PYTHON) runall.py --only 05_ft_sam --seed 0 --set ablations=True --out runs/figures/ft_sam_ablations
+	$(PYTHON) runall.py --only 05_ft_sam --budget 50 500 --seed 0 --out runs/figures/ft_sam_budgets
 	$(PYTHON) -m bdlib.report runs/figures figures
 
 lint: install

@@ -354,7 +354,7 @@ def test_one_image_a_class_is_enough(tiny, network, generator):
 def test_defaults():
     config = LinfConfig()
     assert (config.layer, config.order, config.target_label) == (None, "linf", None)
-    assert (config.held_out, config.max_drop, config.synthesis) == (0.5, 0.05, SynthesisConfig())
+    assert (config.held_out, config.max_drop, config.synthesis) == (0.5, 0.03, SynthesisConfig())
 
 
 @pytest.mark.parametrize(
