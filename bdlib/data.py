@@ -141,6 +141,8 @@ def clean_subset(dataset: Dataset, count: int, *, generator: torch.Generator) ->
 
 def fixed_part(dataset: Dataset, count: int) -> Dataset:
     """The same `count` images at every call, the same share of every class, in the order of the split; all if there are no more."""
+    if count >= len(dataset):
+        return dataset
     labels = dataset.labels.cpu()
     rank = torch.zeros_like(labels)
     for label in range(len(dataset.classes)):

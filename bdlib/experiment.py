@@ -161,7 +161,7 @@ def load_data(profile: str, dataset: str) -> tuple[Dataset, Dataset]:
     """Train and test split; the quick profile keeps a class-balanced part of a large training split, the same for every seed."""
     train_split, test = data.load(dataset, data_root())
     limit = profiles.train_limit(profile)
-    return (data.fixed_part(train_split, limit) if limit and len(train_split) > limit else train_split), test
+    return (data.fixed_part(train_split, limit) if limit else train_split), test
 
 
 def trained_model(setting: Setting, split: Dataset, attack: str, device: torch.device) -> nn.Module:

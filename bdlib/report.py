@@ -7,6 +7,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+from matplotlib.axes import Axes
 
 from bdlib import figures, results
 
@@ -42,12 +43,7 @@ def budget_figure(rows: pd.DataFrame, methods: list[tuple[str, str]]) -> plt.Fig
     chosen = rows[[pair in methods for pair in zip(rows["defense"], rows["variant"], strict=True)]]
     if chosen.empty:
         return empty_figure()
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for value, ax in zip(("asr", "acc"), axes, strict=True):
-        figures.budget_curve(chosen, value, ax)
-    axes[0].get_legend().remove()
-    figure.suptitle(setting_title(chosen), fontsize=10)
-    return figure
+    return asr_beside_acc(chosen, figures.budget_curve)
 
 
 def variants_figure(
@@ -74,12 +70,7 @@ def pruning_figure(rows: pd.DataFrame) -> plt.Figure:
     if curve.empty:
         return empty_figure()
     curve = curve[curve["attack"] == curve["attack"].mode()[0]]
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for value, ax in zip(("asr", "acc"), axes, strict=True):
-        figures.pruning_curve(curve, value, ax)
-    axes[0].get_legend().remove()
-    figure.suptitle(setting_title(curve), fontsize=10)
-    return figure
+    return asr_beside_acc(curve, figures.pruning_curve)
 
 
 def effects_figure(rows: pd.DataFrame) -> plt.Figure:
@@ -95,6 +86,16 @@ def effects_figure(rows: pd.DataFrame) -> plt.Figure:
     for (_, part), ax in zip(attacks, axes[0], strict=True):
         figures.effects(part[list(figures.NORM_NAMES)], ax)
         ax.set_title(setting_title(part), fontsize=8)
+    return figure
+
+
+def asr_beside_acc(rows: pd.DataFrame, draw: Callable[[pd.DataFrame, str, Axes], Axes]) -> plt.Figure:
+    """ASR on the left, ACC on the right, each drawn by `draw`, one legend for both."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    for value, ax in zip(("asr", "acc"), axes, strict=True):
+        draw(rows, value, ax)
+    axes[0].get_legend().remove()
+    figure.suptitle(setting_title(rows), fontsize=10)
     return figure
 
 

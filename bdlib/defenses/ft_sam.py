@@ -13,6 +13,7 @@ Paper and official code (SCLBD/BackdoorBench, f02e353) differ; the defaults here
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -20,6 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from bdlib import train
 from bdlib.data import Dataset
 from bdlib.randomness import seeded
 from bdlib.train import Batches, Watch, require_finite
@@ -157,9 +159,8 @@ def smoothed_loss(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) 
     return F.cross_entropy(logits, labels, label_smoothing=smoothing * classes / (classes - 1))
 
 
-def lr_factor(config: FtSamConfig, steps: int):
+def lr_factor(config: FtSamConfig, steps: int) -> Callable[[int], float]:
     """Step number -> factor on the learning rate."""
-    if config.schedule == "constant":
-        return lambda step: 1.0
-    period = 100 if config.schedule == "cosine_100" else steps
-    return lambda step: 0.5 * (1 + math.cos(math.pi * step / period))
+    if config.schedule == "cosine_100":
+        return lambda step: 0.5 * (1 + math.cos(math.pi * step / 100))
+    return train.lr_factor(config.schedule, steps)

@@ -227,11 +227,7 @@ def prune(model: nn.Module, masks: Masks, threshold: float) -> nn.Module:
 
     A pruned channel keeps its batch-norm shift, as in the code: it answers with a constant.
     """
-    pruned = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        for name, mask in masks.items():
-            pruned.get_parameter(name).mul_(mask > threshold)
-    return pruned
+    return masked(model, {name: mask > threshold for name, mask in masks.items()})
 
 
 def masked(model: nn.Module, masks: Masks) -> nn.Module:
