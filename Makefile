@@ -2,7 +2,7 @@
 # make test        install if needed, then all tests
 # make lab         install if needed, then JupyterLab
 # make notebooks   execute the notebooks in place, so that they are stored with the outputs of the quick profile
-# make figures     rewrite figures/ from quick grids (over an hour on two cores; finished runs are kept)
+# make figures     rewrite figures/ from quick grids (two hours on two cores; finished runs are kept)
 
 # An active virtual or conda environment is used; otherwise .venv is made here.
 ENV := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)),.venv)
@@ -39,6 +39,13 @@ figures: install
 	$(PYTHON) runall.py --only 05_ft_sam --seed 1 2 --out runs/figures/ft_sam_seeds
 	$(PYTHON) runall.py --only 05_ft_sam --seed 0 --set ablations=True --out runs/figures/ft_sam_ablations
 	$(PYTHON) runall.py --only 05_ft_sam --budget 50 500 --seed 0 --out runs/figures/ft_sam_budgets
+	$(PYTHON) runall.py --only 03_rnp --seed 1 2 --out runs/figures/rnp_seeds
+	$(PYTHON) runall.py --only 03_rnp --seed 0 --set ablations=True --out runs/figures/rnp_ablations
+	$(PYTHON) runall.py --only 03_rnp --budget 50 100 500 --seed 0 --out runs/figures/rnp_budgets
+	$(PYTHON) runall.py --only 04_cbd --seed 1 2 --out runs/figures/cbd_seeds
+	$(PYTHON) runall.py --only 04_cbd --seed 0 --set ablations=True --out runs/figures/cbd_ablations
+	$(PYTHON) runall.py --only 04_cbd --poison-rate 0.01 0.1 0.2 0.5 --seed 0 --out runs/figures/cbd_poison_rates
+	$(PYTHON) runall.py --only 04_cbd --attack blended badnets --seed 0 --out runs/figures/cbd_attacks
 	$(PYTHON) -m bdlib.report runs/figures figures
 
 lint: install

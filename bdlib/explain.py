@@ -153,6 +153,15 @@ def class_points(
     return pd.DataFrame({"x": points[:, 0], "y": points[:, 1], "group": groups})
 
 
+def by_poison(values: torch.Tensor, poisoned: torch.Tensor) -> pd.DataFrame:
+    """A value for each epoch and training image (E, N) as a table: columns epoch (from 1), images ("clean" or "poisoned", as the
+    flags (N,) say) and value."""
+    epochs, count = values.shape
+    kinds = ["poisoned" if flag else "clean" for flag in poisoned.tolist()]
+    numbers = torch.arange(1, epochs + 1).repeat_interleave(count)
+    return pd.DataFrame({"epoch": numbers, "images": kinds * epochs, "value": values.flatten().cpu()})
+
+
 @dataclass(frozen=True, kw_only=True)
 class SynthesisConfig:
     """Settings of the trigger synthesis, in the manner of Neural Cleanse.  Raises ValueError if one is out of range."""

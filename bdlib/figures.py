@@ -9,6 +9,7 @@ import seaborn as sns
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from bdlib.files import write_atomic
 
@@ -86,19 +87,22 @@ def mask_histogram(values: pd.DataFrame, ax: Axes, unit: str = "weight") -> Axes
     return ax
 
 
-def budget_curve(rows: pd.DataFrame, value: str, ax: Axes) -> Axes:
-    """`value` (acc, asr or ra) over the clean budget for each method: mean line, every seed a point."""
+def budget_curve(
+    rows: pd.DataFrame, value: str, ax: Axes, x: str = "budget", xlabel: str = "clean budget (images)"
+) -> Axes:
+    """`value` (acc, asr or ra) over the clean budget, or another column `x`, for each method: mean line, every seed a point."""
     rows = rows.assign(method=[method_name(*pair) for pair in zip(rows["defense"], rows["variant"], strict=True)])
     rows = rows.assign(percent=100 * rows[value])
     order = [name for name in COLORS if name in set(rows["method"])]
-    common = {"x": "budget", "y": "percent", "hue": "method", "hue_order": order, "palette": COLORS, "ax": ax}
+    common = {"x": x, "y": "percent", "hue": "method", "hue_order": order, "palette": COLORS, "ax": ax}
     sns.lineplot(rows, errorbar=None, legend=True, **common)
     sns.scatterplot(rows, alpha=0.7, s=28, legend=False, **common)
-    before = 100 * rows[f"{value}_before"].mean()
-    ax.axhline(before, color=COLORS["no defense"], linestyle="--", linewidth=1, label="no defense")
-    ax.set(xscale="log", xlabel="clean budget (images)", ylabel=METRICS[value], ylim=(-4, 104))
-    budgets = sorted(rows["budget"].unique())
-    ax.set_xticks(budgets, [str(budget) for budget in budgets], fontsize=8)
+    if "no defense" not in order:
+        before = 100 * rows[f"{value}_before"].mean()
+        ax.axhline(before, color=COLORS["no defense"], linestyle="--", linewidth=1, label="no defense")
+    ax.set(xscale="log", xlabel=xlabel, ylabel=METRICS[value], ylim=(-4, 104))
+    places = sorted(rows[x].unique())
+    ax.set_xticks(places, [str(place) for place in places], fontsize=8)
     ax.minorticks_off()
     ax.legend(title=None, fontsize=8)
     return ax
@@ -173,7 +177,7 @@ def effects(table: pd.DataFrame, ax: Axes) -> Axes:
     """Effect sizes: a column for each norm, a row for each channel; every channel a point, a bar at the mean."""
     tidy = table.rename(columns=NORM_NAMES).melt(var_name="norm", value_name="effect")
     common = {"x": "norm", "y": "effect", "ax": ax}
-    sns.stripplot(tidy, color=_PALETTE[0], size=3, alpha=0.6, **common)
+    sns.swarmplot(tidy, color=_PALETTE[0], size=3, alpha=0.6, **common)  # unlike jitter the same at every drawing
     sns.pointplot(tidy, color="black", linestyle="none", marker="_", markersize=24, errorbar=None, **common)
     ax.axhline(0, color=COLORS["no defense"], linewidth=0.8)
     ax.set(xlabel="norm of the feature map", ylabel="effect of the trigger (Cohen's d)")
@@ -191,6 +195,18 @@ def pruning_curve(rows: pd.DataFrame, value: str, ax: Axes) -> Axes:
     sns.scatterplot(rows, alpha=0.5, s=12, legend=False, **common)
     ax.set(xlabel="channels pruned", ylabel=METRICS[value], ylim=(-4, 104))
     ax.legend(title=None, fontsize=8)
+    return ax
+
+
+def epochs(table: pd.DataFrame, ax: Axes, ylabel: str, hue: str | None = None) -> Axes:
+    """The mean of the column `value` over the column `epoch`, a line for each value of the column `hue`."""
+    sns.lineplot(
+        table, x="epoch", y="value", hue=hue, errorbar=None, marker="o", palette="colorblind" if hue else None, ax=ax
+    )
+    ax.set(xlabel="epoch", ylabel=ylabel)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+    if hue:
+        ax.legend(title=None, fontsize=8)
     return ax
 
 

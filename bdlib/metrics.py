@@ -4,20 +4,8 @@ import pandas as pd
 import torch
 from torch import nn
 
-from bdlib.data import Dataset, to_float
-
-_BATCH = 500
-
-
-@torch.no_grad()
-def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-    """Predicted classes (N,) of uint8 images; the model's mode is put back as it was."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    predicted = torch.cat([model(to_float(batch.to(device))).argmax(1) for batch in images.split(_BATCH)])
-    model.train(was_training)
-    return predicted.to(images.device)
+from bdlib.data import Dataset
+from bdlib.train import predict
 
 
 def evaluate(model: nn.Module, test: Dataset, triggered: Dataset, wanted: torch.Tensor) -> dict[str, float]:

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -15,7 +16,11 @@ from bdlib import figures, results
 def main(runs: Path, out: Path) -> None:
     """Write out/PAPER_rows.csv for every notebook with a results.csv below `runs`, and the figures drawn from these rows."""
     rows = results.load(*sorted(runs.rglob("results.csv")))
-    rows = rows.drop_duplicates([*results.SETTING, "seed"]).sort_values([*results.SETTING, "seed"])
+    rows = rows.drop_duplicates([*results.SETTING, "seed"])
+    # Defenses and variants stay in the order in which their notebook ran them.
+    rows = rows.sort_values(
+        [name for name in [*results.SETTING, "seed"] if name not in ("defense", "variant")], kind="stable"
+    )
     for notebook, part in rows.groupby("notebook"):
         paper = notebook.partition("_")[2]
         results.save(part, out / f"{paper}_rows.csv")
@@ -54,12 +59,35 @@ def variants_figure(
     ablated = rows[rows["variant"] != default]
     if ablated.empty:
         return empty_figure()
+    same = ["dataset", "attack", "arch", "poison_rate", "budget"]
     budget = ablated["budget"].mode()[0]
-    usual = rows[(rows["variant"] == default) & (rows["budget"] == budget)]
+    usual = rows[rows["variant"] == default].merge(ablated[ablated["budget"] == budget][same].drop_duplicates())
     chosen = pd.concat([usual.assign(variant="default"), ablated])
     figure, ax = plt.subplots(figsize=(7, 1.2 + 0.3 * chosen["variant"].nunique()), layout="constrained")
     figures.acc_and_asr(chosen, "variant", ax)
     ax.set_title(f"{setting_title(chosen)}, {budget} images", fontsize=10)
+    return figure
+
+
+def rates_figure(rows: pd.DataFrame) -> plt.Figure:
+    """ASR and ACC over the poison rate, without a defense and with CBD."""
+    chosen = rows[rows["variant"] == "default"]
+    chosen = chosen[chosen.groupby("attack")["poison_rate"].transform("nunique") > 1]
+    if chosen.empty:
+        return empty_figure()
+    return asr_beside_acc(chosen, partial(figures.budget_curve, x="poison_rate", xlabel="poison rate"))
+
+
+def attacks_figure(rows: pd.DataFrame) -> plt.Figure:
+    """ACC and ASR under each attack, without a defense and with CBD, at the most common poison rate."""
+    chosen = rows[(rows["variant"] == "default") & rows["poison_rate"].isin(rows["poison_rate"].mode()[:1])]
+    if chosen["attack"].nunique() < 2:
+        return empty_figure()
+    methods = [figures.method_name(defense, "default") for defense in chosen["defense"]]
+    chosen = chosen.assign(method=chosen["attack"] + ", " + methods)
+    figure, ax = plt.subplots(figsize=(7, 1.2 + 0.35 * chosen["method"].nunique()), layout="constrained")
+    figures.acc_and_asr(chosen, "method", ax)
+    ax.set_title(f"{setting_title(chosen)}, poison rate {chosen['poison_rate'].iloc[0]:.0%}", fontsize=8)
     return figure
 
 
@@ -122,6 +150,11 @@ FIGURES: dict[str, dict[str, Callable[[pd.DataFrame], plt.Figure]]] = {
     "awm": {
         "budget": lambda rows: budget_figure(rows, AWM),
         "sensitivity": lambda rows: variants_figure(rows, "awm", "soft", ("thresholded",)),
+    },
+    "cbd": {
+        "ablation": lambda rows: variants_figure(rows, "cbd"),
+        "poison_rates": rates_figure,
+        "attacks": attacks_figure,
     },
     "linf_pruning": {"curve": pruning_figure, "effects": effects_figure},
     "rnp": {

@@ -15,6 +15,7 @@ from bdlib.randomness import seeded
 
 VERSION = 1  # part of every stored model's key: raise it when a change here or in models.py alters trained weights
 SCHEDULES = ("cosine", "one_cycle", "constant")
+_BATCH = 500  # images of a prediction
 Watch = Callable[[Iterable], Iterable]  # wraps the epochs, e.g. with a progress bar
 
 
@@ -112,13 +113,17 @@ def lr_factor(schedule: str, steps: int) -> Callable[[int], float]:
 
 
 @torch.no_grad()
+def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+    """Classes (N,) that the model, in eval(), calls these uint8 images (N, C, H, W), on the images' device."""
+    device = next(model.parameters()).device
+    with evaluating(model):
+        called = torch.cat([model(to_float(batch.to(device))).argmax(1) for batch in images.split(_BATCH)])
+    return called.to(images.device)
+
+
 def accuracy(model: nn.Module, dataset: Dataset) -> float:
     """Share of the images that the model, in eval(), calls their class."""
-    device = next(model.parameters()).device
-    images, labels = dataset.images.to(device), dataset.labels.to(device)
-    with evaluating(model):
-        right = [model(to_float(x)).argmax(1) == y for x, y in zip(images.split(500), labels.split(500), strict=True)]
-    return torch.cat(right).double().mean().item()
+    return (predict(model, dataset.images) == dataset.labels).double().mean().item()
 
 
 @contextmanager

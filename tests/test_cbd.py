@@ -481,9 +481,24 @@ def test_defaults_are_the_official_codes():
     assert config.reweight and config.mi_weight > 0
 
 
-def test_large_splits_have_the_official_setting_and_small_ones_fewer_epochs():
-    assert cbd.recipe(10_000) == cbd.recipe(50_000) == CbdConfig()
-    assert cbd.recipe(500).epochs < 100
+def test_large_splits_have_the_official_setting_and_small_ones_a_lower_rate_and_fewer_epochs():
+    assert cbd.recipe(25_000) == cbd.recipe(50_000) == CbdConfig()
+    small = cbd.recipe(24_999)
+    assert (small.biased_lr, small.biased_schedule, small.lr, small.schedule) == (0.03, "one_cycle", 0.03, "one_cycle")
+    assert (small.biased_epochs, small.epochs) == (2, 10)
+    official = replace(
+        small, biased_epochs=5, biased_lr=0.1, biased_schedule="constant", epochs=100, lr=0.1, schedule="steps"
+    )
+    assert official == CbdConfig()  # nothing else differs
+
+
+def test_the_ablation_switches_off_what_its_names_say():
+    variants = cbd.ablation(QUICK)
+    off = {name: (not config.reweight, not config.mi_weight) for name, config in variants.items()}
+    assert off["re-weighting alone"] == (False, True) and off["mutual information alone"] == (True, False)
+    assert off["neither"] == (True, True) and list(off.values()).count((False, False)) == len(off) - 3
+    assert [config.biased_epochs for name, config in variants.items() if name.startswith("f_B")] == [1, 4, 8]
+    assert variants["critic 1-Lipschitz"] == replace(QUICK, lipschitz="spectral")
 
 
 def test_the_released_variant_lacks_the_critics_term_alone():

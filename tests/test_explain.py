@@ -363,3 +363,9 @@ def test_defaults_of_the_synthesis():
 def test_values_out_of_range_are_refused(values, message):
     with pytest.raises(ValueError, match=message):
         SynthesisConfig(**values)
+
+
+def test_values_by_poison_keep_epoch_image_and_flag_together():
+    table = explain.by_poison(torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]), torch.tensor([False, True, False]))
+    assert table.query("images == 'poisoned'")[["epoch", "value"]].to_numpy().tolist() == [[1, 2], [2, 5]]
+    assert table.query("images == 'clean'")[["epoch", "value"]].to_numpy().tolist() == [[1, 1], [1, 3], [2, 4], [2, 6]]

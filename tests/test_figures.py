@@ -156,3 +156,51 @@ def test_a_cam_grid_has_a_row_for_each_kind_and_a_block_for_each_network():
     assert [ax.get_title(loc="left") for ax in figure.axes[:4]] == ["vanilla", "", "backdoored", ""]
     assert [ax.get_ylabel() for ax in figure.axes[::4]] == ["clean", "triggered"]
     plt.close(figure)
+
+
+def test_a_rate_curve_has_a_line_for_plain_training_and_one_for_cbd():
+    rows = [
+        row(defense=d, variant="default", poison_rate=r, asr=asr, acc=0.9)
+        for r in (0.01, 0.1)
+        for d, asr in (("none", 0.9), ("cbd", r))
+    ]
+    other_attack = row(defense="cbd", variant="default", poison_rate=0.1, attack="badnets", asr=0.7)
+    figure = report.rates_figure(results.table([*rows, other_attack]))
+    lines = {line.get_color(): line for line in figure.axes[0].get_lines() if len(line.get_xdata()) == 2}
+    assert lines[figures.COLORS["CBD"]].get_ydata().tolist() == pytest.approx([1, 10])
+    assert lines[figures.COLORS["no defense"]].get_ydata().tolist() == pytest.approx([90, 90])
+    assert figure.axes[0].get_xlabel() == "poison rate"
+    plt.close(figure)
+
+
+def test_attacks_are_compared_at_one_poison_rate():
+    rows = [
+        row(defense=d, variant="default", attack=a, poison_rate=0.1)
+        for a in ("signal", "badnets")
+        for d in ("none", "cbd")
+    ]
+    figure = report.attacks_figure(results.table([*rows, row(defense="cbd", variant="default", poison_rate=0.5)]))
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    assert names == ["signal, no defense", "signal, CBD", "badnets, no defense", "badnets, CBD"]
+    plt.close(figure)
+
+
+def test_variants_are_compared_with_the_default_of_their_own_attack():
+    rows = [
+        row(defense="cbd", variant="default", attack="badnets", acc=0.1),
+        row(defense="cbd", variant="default", acc=0.9),
+        row(defense="cbd", variant="neither", acc=0.8),
+    ]
+    figure = report.variants_figure(results.table(rows), "cbd")
+    assert 10.0 not in {x for points in figure.axes[0].collections for x, _ in points.get_offsets()}
+    plt.close(figure)
+
+
+def test_epochs_are_means_for_each_kind_of_image(ax):
+    table = pd.DataFrame(
+        {"epoch": [1, 1, 2, 2, 1, 2], "images": ["clean"] * 4 + ["poisoned"] * 2, "value": [1.0, 3, 4, 6, 0.5, 0.25]}
+    )
+    assert figures.epochs(table, ax, "loss", "images") is ax
+    lines = [line.get_ydata().tolist() for line in ax.get_lines() if len(line.get_xdata())]
+    assert lines == [[2, 5], [0.5, 0.25]]
+    assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", "loss")

@@ -10,6 +10,7 @@ ALLOWED = {
     "files": set(),
     "randomness": set(),
     "signs": set(),
+    "masks": set(),
     "augment": set(),
     "triggers": set(),
     "results": {"files"},
@@ -18,12 +19,12 @@ ALLOWED = {
     "data": {"files", "signs"},
     "models": {"randomness"},
     "train": {"augment", "data", "randomness"},
-    "metrics": {"data"},
+    "metrics": {"data", "train"},
     "poison": {"data", "triggers"},
     "profiles": {"train"},
     "report": {"figures", "results"},
     "explain": {"data", "train"},
-    "defenses": {"augment", "data", "explain", "randomness", "train"},  # never triggers, poison, metrics
+    "defenses": {"augment", "data", "explain", "masks", "randomness", "train"},  # never triggers, poison, metrics
     "experiment": {"data", "metrics", "models", "poison", "profiles", "results", "store", "train"},
     "grid": {"data", "experiment", "files", "profiles"},
 }

@@ -65,14 +65,6 @@ def test_der_of_a_printed_row():
     )
 
 
-def test_prediction_uses_eval_and_puts_the_mode_back(tiny, network):
-    network.train()
-    statistics = network[1].running_mean.clone()
-    first = metrics.predict(network, tiny.images)
-    assert torch.equal(first, metrics.predict(network, tiny.images)) and network.training
-    assert torch.equal(statistics, network[1].running_mean)
-
-
 def test_a_test_split_of_the_target_alone_is_an_error(tiny):
     one = replace(tiny, images=tiny.images[:1], labels=torch.tensor([0]))
     with pytest.raises(ValueError, match="only images of the wanted class"):

@@ -72,7 +72,7 @@ def test_notebook_has_enough_words_and_not_too_many(notebook):
 
 def test_parameters_are_the_quick_profiles(notebook):
     values = grid.notebook_parameters(notebook)
-    assert values | profiles.defaults("quick") == values
+    assert values | profiles.defaults("quick", notebook=notebook.stem) == values
     assert {*grid.AXES, "profile", "out"} <= set(values)
 
 

@@ -328,23 +328,22 @@ def test_defaults_are_the_official_codes():
     assert config.thresholds == pytest.approx([0.05 * k for k in range(20)])
 
 
-def test_500_images_have_the_official_setting_and_fewer_four_steps_an_epoch():
-    assert rnp.recipe(500) == rnp.recipe(5000) == RnpConfig()
-    assert (rnp.recipe(499).batch_size, rnp.recipe(100).batch_size, rnp.recipe(10).batch_size) == (100, 20, 8)
-    assert rnp.recipe(100).recover_lr < RnpConfig().recover_lr
+def test_500_images_and_a_wide_network_have_the_official_setting_and_others_a_slow_recovery_in_four_steps():
+    wide, narrow = nn.Sequential(*(nn.BatchNorm2d(500) for _ in range(2))), nn.BatchNorm2d(999)
+    assert rnp.recipe(wide, 500) == rnp.recipe(wide, 5000) == RnpConfig()
+    batches = [rnp.recipe(wide, count).batch_size for count in (499, 100, 10)] + [rnp.recipe(narrow, 500).batch_size]
+    assert batches == [100, 20, 8, 100]
+    for slow in (rnp.recipe(wide, 499), rnp.recipe(narrow, 500)):
+        assert slow == RnpConfig(recover_lr=0.003, batch_size=100)
 
 
 def test_the_variants_are_named_by_their_levels():
     variants = rnp.variants(QUICK)
     named = {f"{each.unlearn_level}s forget, {each.recover_level}s recover" for each in variants.values()}
     assert named == set(variants) and len(variants) == 3 and QUICK not in variants.values()
-    assert all(replace(each, unlearn_level="neuron", recover_level="filter") == QUICK for each in variants.values())
-
-
-def test_the_recovered_network_is_the_unlearned_one_times_the_masks(network):
-    recovered = rnp.masked(network, {"1.weight": torch.tensor([0.0, 0.5, 1.0, 1.0])})
-    assert torch.equal(recovered[1].weight, network[1].weight * torch.tensor([0.0, 0.5, 1.0, 1.0]))
-    assert not recovered.training and network.training and torch.equal(recovered[0].weight, network[0].weight)
+    assert {each.unlearn_level: each.unlearn_lr for each in variants.values()} == {"filter": 2.0, "neuron": 0.2}
+    usual = {"unlearn_level": "neuron", "recover_level": "filter", "unlearn_lr": QUICK.unlearn_lr}
+    assert all(replace(each, **usual) == QUICK for each in variants.values())
 
 
 def test_the_suspected_label_is_what_the_unlearned_network_calls_most(tiny):

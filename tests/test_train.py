@@ -198,3 +198,11 @@ def test_accuracy_by_hand_in_eval_with_the_mode_put_back(tiny, training):
     labels = torch.where(wrong, (many.labels + 1) % 3, many.labels)
     assert train.accuracy(model, replace(many, labels=labels)) == 0.875
     assert model.training == training and model.sign.requires_grad
+
+
+def test_prediction_uses_eval_and_puts_the_mode_back(tiny, network):
+    network.train()
+    statistics = network[1].running_mean.clone()
+    first = train.predict(network, tiny.images)
+    assert torch.equal(first, train.predict(network, tiny.images)) and network.training
+    assert torch.equal(statistics, network[1].running_mean)

@@ -22,9 +22,9 @@ from torch.func import functional_call
 
 from bdlib.augment import random_resized_crop
 from bdlib.data import Dataset
+from bdlib.masks import Masks, masked
 from bdlib.train import Watch, require_finite
 
-Masks = dict[str, torch.Tensor]  # parameter name -> mask of the weight's shape
 Batch = tuple[torch.Tensor, torch.Tensor]  # images, float32 (B, C, H, W) in [0, 1], and labels (B,)
 
 
@@ -116,7 +116,7 @@ def run(
         scheduler.step()
         require_finite(total, f"outer epoch {epoch + 1} of AWM")
     masks = {name: mask.detach() for name, mask in masks.items()}
-    return AwmResult(apply_masks(model, masks), masks, perturbation)
+    return AwmResult(masked(model, masks), masks, perturbation)
 
 
 def recipe(count: int, classes: int) -> AwmConfig:
@@ -235,15 +235,6 @@ def mask_step(masks: Masks, optimizer: torch.optim.Optimizer, loss: torch.Tensor
     with torch.no_grad():
         for mask in masks.values():
             mask.clamp_(0, 1)
-
-
-def apply_masks(model: nn.Module, masks: Masks) -> nn.Module:
-    """A copy of the model with the masks multiplied into its weights, in eval()."""
-    masked = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        for name, mask in masks.items():
-            masked.get_parameter(name).mul_(mask)
-    return masked
 
 
 def binarize(masks: Masks, threshold: float = 0.5) -> Masks:

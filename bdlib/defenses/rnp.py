@@ -22,10 +22,10 @@ from torch.func import functional_call
 from torch.optim.swa_utils import update_bn
 
 from bdlib.data import Dataset, hold_out
+from bdlib.masks import Masks, masked
 from bdlib.randomness import seeded
-from bdlib.train import Batches, Watch, accuracy, evaluating, require_finite
+from bdlib.train import Batches, Watch, accuracy, evaluating, predict, require_finite
 
-Masks = dict[str, torch.Tensor]  # parameter name -> mask of its shape
 LEVELS = ("neuron", "filter")
 
 
@@ -101,24 +101,30 @@ def run(
     return RnpResult(prune(model, masks, threshold), unlearned, masks, threshold)
 
 
-def recipe(count: int) -> RnpConfig:
-    """The official setting; with fewer than 500 clean images a batch of a quarter of those fitted on, and a far slower recovery.
+def recipe(model: nn.Module, count: int) -> RnpConfig:
+    """The official setting; with fewer than 500 clean images, or 1,000 channels, a smaller batch and a far slower recovery.
 
     DIFFERS: the official 500 images in batches of 128 make four steps an epoch, which is kept.  The recovery's rate is lower because
-    on few images of an easy dataset the unlearned loss is huge: at the official rate a hundred masks are 0 after the first steps,
-    and which of them the clean task needs cannot be told any more.  At this rate they part in order.
+    every channel of a narrow network does some of the task, and on few images of an easy dataset the unlearned loss is huge: at the
+    official rate many masks are 0 after the first steps, and which of them the clean task needs cannot be told any more.  (On CIFAR-10
+    with 424 channels 60 were off; pruning them took the backdoor, and 27 points of accuracy.)  At this rate they part in order.
     """
-    if count >= 500:
+    if count >= 500 and sum(map(len, scales(model).values())) >= 1000:
         return RnpConfig()
     config = RnpConfig(recover_lr=0.003)
     return replace(config, batch_size=max(8, math.ceil(count * (1 - config.held_out) / 4)))
 
 
 def variants(config: RnpConfig) -> dict[str, RnpConfig]:
-    """Other levels for the two steps, which the paper argues against: both the same, or the other way round."""
+    """Other levels for the two steps, which the paper argues against: both the same, or the other way round.
+
+    Filters unlearn at ten times the rate: at that of all weights together their accuracy never fell to the floor.
+    """
+    filters = replace(config, unlearn_level="filter", unlearn_lr=10 * config.unlearn_lr)
     return {
-        f"{unlearn}s forget, {recover}s recover": replace(config, unlearn_level=unlearn, recover_level=recover)
-        for unlearn, recover in (("filter", "filter"), ("neuron", "neuron"), ("filter", "neuron"))
+        "filters forget, filters recover": filters,
+        "neurons forget, neurons recover": replace(config, recover_level="neuron"),
+        "filters forget, neurons recover": replace(filters, recover_level="neuron"),
     }
 
 
@@ -230,15 +236,6 @@ def prune(model: nn.Module, masks: Masks, threshold: float) -> nn.Module:
     return masked(model, {name: mask > threshold for name, mask in masks.items()})
 
 
-def masked(model: nn.Module, masks: Masks) -> nn.Module:
-    """A copy of the model with the masks multiplied into its weights, in eval(): from the unlearned model, the recovered one."""
-    product = copy.deepcopy(model).eval()
-    with torch.no_grad():
-        for name, mask in masks.items():
-            product.get_parameter(name).mul_(mask)
-    return product
-
-
 def choose_threshold(model: nn.Module, masks: Masks, held: Dataset, config: RnpConfig) -> float:
     """The largest threshold up to which the pruned model loses at most `max_drop` of accuracy on the held-out clean images.
 
@@ -259,13 +256,9 @@ def choose_threshold(model: nn.Module, masks: Masks, held: Dataset, config: RnpC
     return chosen
 
 
-@torch.no_grad()
 def suspected_label(unlearned: nn.Module, clean: Dataset) -> tuple[int, torch.Tensor]:
     """The class that the unlearned model calls most clean images, and the share (C,) of every class."""
-    images = clean.floats().to(next(unlearned.parameters()).device)
-    with evaluating(unlearned):
-        called = torch.cat([unlearned(batch).argmax(1) for batch in images.split(500)])
-    shares = torch.bincount(called, minlength=len(clean.classes)) / len(clean)
+    shares = torch.bincount(predict(unlearned, clean.images), minlength=len(clean.classes)) / len(clean)
     return int(shares.argmax()), shares
 
 
