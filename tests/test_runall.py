@@ -188,7 +188,10 @@ def test_ctrl_c_and_kill_lose_only_what_was_in_flight(call, notebooks, tmp_path,
     assert call("--seed", "0") == 0
     done = next((tmp_path / "out").rglob("done.json"))
     before = done.stat().st_mtime_ns
-    script = f"import sys, pathlib, runall; runall.NOTEBOOKS = pathlib.Path({str(notebooks)!r}); sys.exit(runall.main(sys.argv[1:]))"
+    # A shell starts its background jobs deaf to Ctrl-C, and so are their children: tests in such a job too.
+    hear = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+    job = f"import sys, pathlib, runall; runall.NOTEBOOKS = pathlib.Path({str(notebooks)!r}); sys.exit(runall.main(sys.argv[1:]))"
+    script = f"{hear}; {job}"
     arguments = ["--seed", "0", "1", "--set", "mood=slow", "--out", str(tmp_path / "out")]
     process = subprocess.Popen(
         [sys.executable, "-c", script, *arguments], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
