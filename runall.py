@@ -23,7 +23,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bdlib import data, grid, profiles, results, triggers
+from bdlib import data, grid, models, profiles, results
+from bdlib.attacks import catalog
 from bdlib.experiment import home, project_root
 
 NOTEBOOKS = project_root() / "notebooks"
@@ -66,8 +67,12 @@ def parser() -> argparse.ArgumentParser:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", nargs="+", metavar="NOTEBOOK", help=f"notebooks to run: {names} (default: all)")
     p.add_argument("--dataset", nargs="+", help=f"{', '.join(data.NAMES)}, or folder:PATH")
-    p.add_argument("--arch", nargs="+", help="a network, with :WIDTH for another width: preact_resnet18:8")
-    p.add_argument("--attack", nargs="+", help=f"{', '.join(triggers.TRIGGERS)}; with _a2a behind it all-to-all")
+    p.add_argument(
+        "--arch", nargs="+", help=f"{', '.join(models.ARCHS)}; with :WIDTH for another width: preact_resnet18:8"
+    )
+    p.add_argument(
+        "--attack", nargs="+", help=f"{', '.join(catalog.names())}; blended:FILE; with _a2a behind it all-to-all"
+    )
     p.add_argument(
         "--budget",
         nargs="+",

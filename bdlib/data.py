@@ -1,31 +1,26 @@
 """Datasets by name, as uint8 tensors that fit on the device, and the defender's clean subset of them."""
 
-import functools
 import hashlib
 import re
-import shutil
+import tempfile
 import zipfile
-from collections.abc import Callable
+import zlib
 from dataclasses import dataclass, replace
+from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from bdlib import signs
 from bdlib.files import write_atomic
+from bdlib.sources import SOURCES
 
-NAMES = ("signs", "digits", "cifar10", "gtsrb")
-# What keeps the label, per name: padding of random crops (pixels), left-right flips, smallest share of the area that shows the class.
-# CIFAR-10 as in the papers' code.  A sign's class needs most of the sign; the papers' code augments no GTSRB images but by crops.
-AUGMENTATION = {
-    "signs": (0, True, 0.5),
-    "digits": (2, False, 0.5),
-    "cifar10": (4, True, 0.08),
-    "gtsrb": (4, False, 0.5),
-    "folder": (4, True, 0.08),
-}
-SIGNS_TRAIN, SIGNS_TEST = 5000, 2000
+NAMES = tuple(name for name, source in SOURCES.items() if source.needs != "path")
+EMBEDDED = tuple(name for name, source in SOURCES.items() if source.needs == "nothing")  # these need no file
+# Per name: padding of random crops (pixels), left-right flips, smallest share of the area that shows the class.
+AUGMENTATION = {name: (source.crop_padding, source.flip, source.least_area) for name, source in SOURCES.items()}
+_ARRAYS = ("x_train", "y_train", "x_test", "y_test", "classes")
+_CHUNK = 1000  # images moved at once
 
 
 @dataclass(frozen=True)
@@ -72,25 +67,43 @@ def to_float(images: torch.Tensor) -> torch.Tensor:
 
 
 def load(name: str, root: str | Path = "data") -> tuple[Dataset, Dataset]:
-    """Train and test split of `signs`, `digits`, `cifar10`, `gtsrb` or `folder:PATH` (`folder:PATH@64` for 64 x 64 pixels).
+    """Train and test split of a dataset of `NAMES`, or of the picture files below PATH: `folder:PATH`, `folder:PATH@64`.
 
-    `root` is where `cifar10.npz` and `gtsrb.npz` lie; what is missing there is downloaded once.
-    Raises ValueError for an unknown name or a damaged file, RuntimeError if a download fails.
+    `root` is where `NAME.npz` lies; what is missing there is downloaded once (but `signs` and `digits`, which need no file).
+    Where the official test images have no labels, the test split is the official validation split (tiny_imagenet, imagenette).
+
+    `folder:PATH@SIZE` takes any ImageFolder, e.g. the papers' 12-class subset of ImageNet as `folder:PATH@224`:
+    PATH/train/CLASS/* with PATH/test/CLASS/* or PATH/val/CLASS/*, or PATH/CLASS/* of which every fifth is for testing.  Pictures
+    of any kind become RGB (transparent ones on white, 16-bit gray cut to 8) and are stretched to SIZE x SIZE pixels, 32 by default.
+
+    Raises ValueError for an unknown name, a damaged file or a folder that does not fit, RuntimeError if a download fails.
     """
     if name.startswith("folder:"):
-        arrays = _folder(name.removeprefix("folder:"))
+        arrays = SOURCES["folder"].fetch(name.removeprefix("folder:"))
+    elif name in EMBEDDED:
+        arrays = SOURCES[name].fetch()
     elif name in NAMES:
-        arrays = {"signs": _signs, "digits": _digits}.get(name, lambda: _cached(name, Path(root)))()
+        arrays = _cached(name, Path(root))
     else:
         raise ValueError(f"dataset must be one of {', '.join(NAMES)} or folder:PATH, got {name!r}")
-    augmentation = AUGMENTATION[name.partition(":")[0]]
     classes = tuple(str(c) for c in arrays["classes"])
     splits = []
     for split in ("train", "test"):
-        images = torch.from_numpy(np.ascontiguousarray(arrays[f"x_{split}"].transpose(0, 3, 1, 2)))
+        images = _channels_first(arrays.pop(f"x_{split}"))
         labels = torch.from_numpy(arrays[f"y_{split}"].astype(np.int64))
-        splits.append(Dataset(name, images, labels, classes, *augmentation))
+        splits.append(Dataset(name, images, labels, classes, *AUGMENTATION[name.partition(":")[0]]))
     return splits[0], splits[1]
+
+
+def _channels_first(images: np.ndarray) -> torch.Tensor:
+    """The images (N, H, W, C) as (N, C, H, W), moved within their own memory: Tiny-ImageNet fills 1.2 GB."""
+    images = np.ascontiguousarray(images)
+    count, height, width, channels = images.shape
+    moved = images.reshape(count, channels, height, width)
+    for start in range(0, count, _CHUNK):
+        chunk = slice(start, start + _CHUNK)
+        moved[chunk] = images[chunk].transpose(0, 3, 1, 2).copy()
+    return torch.from_numpy(moved)
 
 
 def resolve_budget(budget: int | str, dataset: Dataset) -> int:
@@ -118,38 +131,43 @@ def resolve_budget(budget: int | str, dataset: Dataset) -> int:
 
 
 def clean_subset(dataset: Dataset, count: int, *, generator: torch.Generator) -> torch.Tensor:
-    """Indices (count,) of a class-balanced random subset; what does not divide is spread over the first classes of a random order.
+    """Indices (count,) of a class-balanced random subset.
 
+    What does not divide is spread over the first classes, in a random order, that have one image more to give.
     Raises ValueError if a class has fewer images than its share.
     """
     classes = len(dataset.classes)
+    sizes = torch.bincount(dataset.labels.cpu(), minlength=classes)
+    share, rest = divmod(count, classes)
+    order = torch.randperm(classes, generator=generator)
+    extra = order[sizes[order] > share][:rest]
+    smallest = int(sizes.argmin())
+    if sizes[smallest] < share or len(extra) < rest:
+        raise ValueError(
+            f"a budget of {count} needs {share + int(sizes[smallest] == share)} images of class {dataset.classes[smallest]!r}, "
+            f"which has {sizes[smallest]}: at most {sizes[smallest] * classes} can be spread evenly"
+        )
+    wanted = torch.full((classes,), share)
+    wanted[extra] += 1
+    picks = zip(_by_class(dataset), wanted.tolist(), strict=True)
+    return torch.cat([members[torch.randperm(len(members), generator=generator)[:number]] for members, number in picks])
+
+
+def _by_class(dataset: Dataset) -> tuple[torch.Tensor, ...]:
+    """Positions of the images of each class, in order, on the CPU."""
     labels = dataset.labels.cpu()
-    extra = torch.randperm(classes, generator=generator)[: count % classes]
-    share = torch.full((classes,), count // classes)
-    share[extra] += 1
-    chosen = []
-    for label, wanted in enumerate(share.tolist()):
-        members = torch.nonzero(labels == label).flatten()
-        if len(members) < wanted:
-            raise ValueError(
-                f"a budget of {count} needs {wanted} images of class {dataset.classes[label]!r}, which has {len(members)}: "
-                f"at most {len(members) * classes} can be spread evenly"
-            )
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:wanted]])
-    return torch.cat(chosen)
+    return labels.argsort(stable=True).split(torch.bincount(labels, minlength=len(dataset.classes)).tolist())
 
 
 def fixed_part(dataset: Dataset, count: int) -> Dataset:
     """The same `count` images at every call, the same share of every class, in the order of the split; all if there are no more."""
     if count >= len(dataset):
         return dataset
-    labels = dataset.labels.cpu()
-    rank = torch.zeros_like(labels)
-    for label in range(len(dataset.classes)):
-        members = torch.nonzero(labels == label).flatten()
+    rank = torch.zeros(len(dataset), dtype=torch.long)
+    for members in _by_class(dataset):
         # Random place of each image within its class, scaled to the split: the same share of every class stays.
         rank[members] = (
-            torch.randperm(len(members), generator=torch.Generator().manual_seed(0)) * len(labels) // len(members)
+            torch.randperm(len(members), generator=torch.Generator().manual_seed(0)) * len(dataset) // len(members)
         )
     return dataset.subset(rank.argsort(stable=True)[:count].sort().values)
 
@@ -160,8 +178,7 @@ def hold_out(clean: Dataset, share: float, *, generator: torch.Generator) -> tup
     A class gives round(share * its images), but keeps one.  Where no class can give one (one-shot), both are all the images.
     """
     held = []
-    for label in range(len(clean.classes)):
-        members = torch.nonzero(clean.labels.cpu() == label).flatten()
+    for members in _by_class(clean):
         count = min(round(share * len(members)), len(members) - 1)
         held += members[torch.randperm(len(members), generator=generator)[: max(count, 0)]].tolist()
     if not held:
@@ -171,135 +188,67 @@ def hold_out(clean: Dataset, share: float, *, generator: torch.Generator) -> tup
     return clean.subset(torch.nonzero(kept).flatten()), clean.subset(torch.tensor(held))
 
 
-@functools.cache
-def _signs() -> dict[str, np.ndarray]:
-    images, labels = signs.draw(SIGNS_TRAIN + SIGNS_TEST, seed=2002)
-    return _split(images.transpose(0, 2, 3, 1), labels, signs.CLASSES, test=np.arange(len(labels)) >= SIGNS_TRAIN)
-
-
-def _digits() -> dict[str, np.ndarray]:
-    from sklearn.datasets import load_digits
-
-    digits = load_digits()
-    small = (digits.images * 255 / 16).astype(np.uint8)
-    images = small.repeat(4, axis=1).repeat(4, axis=2)[..., None]
-    return _split(images, digits.target, [str(k) for k in range(10)], test=_every_fifth(digits.target))
-
-
-def _folder(spec: str) -> dict[str, np.ndarray]:
-    """PATH/train/CLASS/* and PATH/test/CLASS/* (or val), or PATH/CLASS/* of which every fifth image of a class is for testing."""
-    from torchvision.datasets import ImageFolder
-
-    path, _, size = spec.partition("@")
-    if size and not (size.isdecimal() and int(size) >= 8):
-        raise ValueError(f"folder:PATH@SIZE needs a size of at least 8 pixels, got {size!r}")
-    root, pixels = Path(path).expanduser(), int(size or 32)
-    if not root.is_dir():
-        raise ValueError(f"folder:PATH needs an existing folder, got {path!r}")
-    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
-    try:
-        if not (root / "train").is_dir() or test is None:
-            images, labels, classes = _resized(ImageFolder(str(root)), pixels)
-            return _split(images, labels, classes, test=_every_fifth(labels))
-        trees = [ImageFolder(str(root / "train")), ImageFolder(str(test))]
-    except FileNotFoundError as error:
-        raise ValueError(f"folder:{path} is no tree of PATH/CLASS/image or PATH/train/CLASS/image: {error}") from error
-    if trees[0].classes != trees[1].classes:
-        raise ValueError(
-            f"folder:{path} has other classes in train ({trees[0].classes}) than in {test.name} ({trees[1].classes})"
-        )
-    train, test = (_resized(tree, pixels) for tree in trees)
-    return _arrays(train[:2], test[:2], train[2])
-
-
-def _resized(tree, pixels: int) -> tuple[np.ndarray, np.ndarray, list[str]]:
-    """Images uint8 (N, pixels, pixels, 3) RGB, labels and class names of a torchvision dataset of pictures."""
-    from tqdm import tqdm
-
-    pairs = tqdm(tree, desc="reading images", leave=False, mininterval=1)
-    images, labels = zip(
-        *((np.asarray(image.convert("RGB").resize((pixels, pixels))), label) for image, label in pairs), strict=True
-    )
-    return np.stack(images), np.array(labels), list(getattr(tree, "classes", ()))
-
-
-def _every_fifth(labels: np.ndarray) -> np.ndarray:
-    """Boolean (N,): of each class, its 5th, 10th, ... image."""
-    test = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        test[np.flatnonzero(labels == label)[4::5]] = True
-    return test
-
-
-def _split(images: np.ndarray, labels: np.ndarray, classes, test: np.ndarray) -> dict[str, np.ndarray]:
-    return _arrays((images[~test], labels[~test]), (images[test], labels[test]), classes)
-
-
-def _arrays(train: tuple, test: tuple, classes) -> dict[str, np.ndarray]:
-    """A dataset file's arrays from (images, labels) of both splits and the class names."""
-    return dict(x_train=train[0], y_train=train[1], x_test=test[0], y_test=test[1], classes=np.array(classes))
-
-
 def _cached(name: str, root: Path) -> dict[str, np.ndarray]:
     """Arrays of `root/name.npz`, which is downloaded and written first if it is not there."""
     path = root / f"{name}.npz"
     if not path.exists():
-        arrays = _download(name, root)
-        write_atomic(path, lambda file: np.savez(file, **arrays))
+        _download(name, path)
     return read_npz(path)
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Arrays x_train, y_train, x_test, y_test (images uint8 N x H x W x C) and classes of a dataset file.
+def _download(name: str, path: Path) -> None:
+    """Write the dataset file from what torchvision fetches (its progress bar, its checksums); nothing else is left."""
+    source = SOURCES[name]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(
+            prefix=f"{name}-download-", dir=path.parent, ignore_cleanup_errors=True
+        ) as folder:
+            arrays = source.fetch(Path(folder))
+    except (OSError, RuntimeError, HTTPException) as error:
+        reason, size = " ".join(str(error).split()), " x ".join(str(side) for side in source.shape)
+        raise RuntimeError(
+            f"{name} could not be downloaded ({reason}). Either run again with a connection, or put the dataset by hand at "
+            f"{path}: arrays x_train, y_train, x_test, y_test (images uint8 N x {size}, "
+            f"{'RGB' if source.shape[2] == 3 else 'gray'}) and classes"
+        ) from error
+    write_atomic(path, lambda file: np.savez(file, **arrays))
 
-    Raises ValueError if the file is damaged or not of this form.
+
+def read_npz(path: Path) -> dict[str, np.ndarray]:
+    """Arrays x_train, y_train, x_test, y_test (images uint8 N x H x W x C, C = 1 or 3) and classes of a dataset file.
+
+    A split may lack a class: accuracy is a mean over images, and `clean_subset` says what it misses.
+    Raises ValueError if the file is damaged or not of this form, or has a label that is no class.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
-            arrays = {key: file[key] for key in ("x_train", "y_train", "x_test", "y_test", "classes")}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            arrays = {key: file[key] for key in _ARRAYS}
+    # What numpy, zipfile and zlib raise depends on where the damage is.
+    except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(
             f"{path} is damaged or no dataset ({error}): delete it, and the next run makes it anew"
         ) from error
     for split in ("train", "test"):
-        images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
-        if (
-            images.dtype != np.uint8
-            or images.ndim != 4
-            or len(images) != len(labels)
-            or labels.max() >= len(arrays["classes"])
-        ):
-            raise ValueError(
-                f"{path}: x_{split} must be uint8 N x H x W x C with one label below {len(arrays['classes'])} each"
-            )
+        _check(path, arrays, split)
     return arrays
 
 
-def _download(name: str, root: Path) -> dict[str, np.ndarray]:
-    """Arrays of a dataset fetched by torchvision (its progress bar, its checksums); what it fetched is removed afterwards."""
-    raw = root / f"{name}-download"
-    fetch: dict[str, Callable[[Path], dict[str, np.ndarray]]] = {"cifar10": _fetch_cifar10, "gtsrb": _fetch_gtsrb}
-    try:
-        arrays = fetch[name](raw)
-    except (OSError, RuntimeError) as error:
-        shutil.rmtree(raw, ignore_errors=True)
-        raise RuntimeError(
-            f"{name} could not be downloaded ({error}). Either run again with a connection, or put the dataset by hand at "
-            f"{root / (name + '.npz')}: arrays x_train, y_train, x_test, y_test (images uint8 N x 32 x 32 x 3, RGB) and classes"
-        ) from error
-    shutil.rmtree(raw)
-    return arrays
-
-
-def _fetch_cifar10(raw: Path) -> dict[str, np.ndarray]:
-    from torchvision.datasets import CIFAR10
-
-    train, test = (CIFAR10(str(raw), train=train, download=True) for train in (True, False))
-    return _arrays((train.data, np.array(train.targets)), (test.data, np.array(test.targets)), train.classes)
-
-
-def _fetch_gtsrb(raw: Path) -> dict[str, np.ndarray]:
-    from torchvision.datasets import GTSRB
-
-    train, test = (_resized(GTSRB(str(raw), split=split, download=True), 32) for split in ("train", "test"))
-    return _arrays(train[:2], test[:2], [f"{c:02d}" for c in range(43)])
+def _check(path: Path, arrays: dict[str, np.ndarray], split: str) -> None:
+    images, labels, classes = arrays[f"x_{split}"], arrays[f"y_{split}"], arrays["classes"].size
+    size = arrays["x_train"].shape[1:]
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] not in (1, 3) or images.shape[1:] != size:
+        raise ValueError(
+            f"{path}: x_{split} must be uint8 N x H x W x C, C = 1 or 3, the same size in both splits, "
+            f"got {images.dtype} {images.shape}"
+        )
+    if labels.shape != images.shape[:1] or labels.dtype.kind not in "iu" or not labels.size:
+        raise ValueError(
+            f"{path}: y_{split} must hold a whole number for each of {len(images)} images, and at least one, "
+            f"got {labels.dtype} {labels.shape}"
+        )
+    if labels.min() < 0 or labels.max() >= classes:
+        raise ValueError(
+            f"{path}: y_{split} must be from 0 to {classes - 1}, as there are {classes} classes, "
+            f"got {labels.min()} to {labels.max()}"
+        )

@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from torch import nn
 
 import bdlib
 from bdlib import data, metrics, models, poison, profiles, results, store, train
+from bdlib.attacks import catalog
+from bdlib.attacks.attacker import Attacker, Stamps
 from bdlib.data import Dataset
 
 PAPERS = {
@@ -58,6 +60,11 @@ class Setting:
         """The attack that these parameters name."""
         return poison.Attack(name=self.attack, target_label=self.target_label, poison_rate=self.poison_rate)
 
+    def require_fits(self, train_split: Dataset) -> None:
+        """Raises ValueError if the budget or the attack does not fit this training split."""
+        self.images(train_split)
+        poison.eligible(train_split, self.threat)
+
     def images(self, train_split: Dataset) -> int:
         """The budget as a number of images of this training split.  Raises ValueError if it does not fit."""
         if self.notebook in BUDGET_IS_TRAINING_SET and str(self.budget) == "0":
@@ -79,6 +86,7 @@ class Lab:
     test: Dataset
     poisoned: poison.Poisoned
     triggered: poison.Triggered
+    stamps: Stamps  # what the attacker puts on images
     model: nn.Module  # the backdoored model, in eval()
     before: dict[str, float]  # its acc, asr, ra, ...
     clean: Dataset  # the defender's images; none where the budget is training images
@@ -142,19 +150,53 @@ def prepare(setting: Setting, device: torch.device | str) -> Lab:
     """
     device = torch.device(device)
     train_split, test = load_data(setting.profile, setting.dataset)
+    setting.require_fits(train_split)
     budget = setting.images(train_split)
     if setting.notebook in BUDGET_IS_TRAINING_SET:
         train_split, clean_indices = data.fixed_part(train_split, budget), torch.zeros(0, dtype=torch.long)
     else:
         clean_indices = data.clean_subset(train_split, budget, generator=setting.generator("clean"))
-    poisoned = poison.poison(train_split, setting.threat, generator=setting.generator("poison"))
-    triggered = poison.triggered_test(test, setting.threat)
-    model = trained_model(setting, poisoned.train, setting.attack, device)
+    stamps, model = arm(setting, train_split, device)
+    poisoned = poison.poison(train_split, setting.threat, stamps, generator=setting.generator("poison"))
+    triggered = poison.triggered_test(test, setting.threat, stamps)
+    model = model or trained_model(setting, poisoned.train, setting.attack, device)
     test = test.to(device)
     triggered = poison.Triggered(triggered.test.to(device), triggered.wanted.to(device))
     before = metrics.evaluate(model, test, triggered.test, triggered.wanted)
     clean = train_split.subset(clean_indices)
-    return Lab(setting, train_split, test, poisoned, triggered, model, before, clean, clean_indices, device)
+    return Lab(setting, train_split, test, poisoned, triggered, stamps, model, before, clean, clean_indices, device)
+
+
+def arm(setting: Setting, train_split: Dataset, device: torch.device | str) -> tuple[Stamps, nn.Module | None]:
+    """What the setting's attack puts on images, and the backdoored network, in eval(), if the attacker trains that himself.
+
+    What an attack learns or crafts comes from the store, or is made now and stored.
+    """
+    kind, threat, device = setting.threat.kind, setting.threat, torch.device(device)
+    if not kind.build:
+        return threat.stamps(), None
+    attacker = Attacker(
+        train=train_split, wanted=lambda labels: threat.wanted(labels, len(train_split.classes)),
+        target_label=setting.target_label, poison_rate=setting.poison_rate,
+        fresh_model=lambda generator: fresh_model(setting, train_split, device, generator),
+        clean_model=lambda: trained_model(setting, train_split, "no attack", device),
+        training=profiles.training(setting.profile, setting.dataset.partition(":")[0]), quick=setting.profile == "quick",
+        device=device, generator=lambda use: setting.generator(f"attack/{use}"), watch=progress,
+    )  # fmt: skip
+    module = kind.build(attacker)
+    if kind.fit:
+        fields = _made_from(setting, train_split, device) | {
+            "what": "what the attack made", "attack": dataclasses.asdict(threat), "quick": attacker.quick, "attacks": catalog.VERSION,
+        }  # fmt: skip
+
+        def make() -> nn.Module:
+            print(f"{setting.attack} on {setting.dataset}, seed {setting.seed}: once, then kept in the store")
+            kind.fit(module, attacker)
+            return module
+
+        module.load_state_dict(store.fetch(home() / "store", fields, make).weights)
+    module.eval().requires_grad_(False)
+    return kind.stamps(module), module.classifier if kind.trains_model else None
 
 
 def load_data(profile: str, dataset: str) -> tuple[Dataset, Dataset]:
@@ -170,11 +212,7 @@ def trained_model(setting: Setting, split: Dataset, attack: str, device: torch.d
     Trained once for each split and seed, then read from the store; `attack` says what was done to the split.
     """
     config = profiles.training(setting.profile, setting.dataset.partition(":")[0])
-    fields = {
-        "what": "model trained on this split", "split": split.sha256(), "crop_padding": split.crop_padding, "flip": split.flip,
-        "arch": setting.arch, "seed": setting.seed, "training": dataclasses.asdict(config), "version": train.VERSION,
-        "dataset": setting.dataset, "attack": attack, "device": device.type,
-    }  # fmt: skip
+    fields = _made_from(setting, split, device) | {"what": "model trained on this split", "attack": attack}
 
     def make() -> nn.Module:
         what = f"{setting.arch} on {setting.dataset} with {attack}, seed {setting.seed}"
@@ -186,6 +224,42 @@ def trained_model(setting: Setting, split: Dataset, attack: str, device: torch.d
     model = fresh_model(setting, split, device, setting.generator("init"))
     model.load_state_dict(artifact.weights)
     return model.eval().requires_grad_(False)
+
+
+def attack_pictures(
+    setting: Setting, names: Iterable[str], device: torch.device | str, count: int = 2
+) -> list[tuple[str, dict[str, torch.Tensor], dict[str, object]]]:
+    """For each attack its name, pictures of the first `count` test images, and what it needs and changes.
+
+    pictures: clean, triggered, ten times the difference (gray = none), and as a poisoned training image, (count, C, H, W) in [0, 1].
+    Clean-label attacks poison a twentieth of the images, so that any class has enough.
+    """
+    train_split, test = load_data(setting.profile, setting.dataset)
+    clean, sample = test.subset(slice(count)).floats(), test.subset(slice(200)).floats()
+    shown = []
+    for name in names:
+        chosen = dataclasses.replace(setting, attack=name)
+        if chosen.threat.pool == "target":
+            chosen = dataclasses.replace(chosen, poison_rate=0.05)
+        stamps, _ = arm(chosen, train_split, device)
+        triggered = stamps.test(clean)
+        pictures = {
+            "clean": clean, "triggered": triggered, "difference x 10": (0.5 + 5 * (triggered - clean)).clamp(0, 1),
+            "poisoned, to train on": stamps.on_poisoned(clean, setting.generator("gallery")),
+        }  # fmt: skip
+        kind = chosen.threat.kind
+        facts = {"needs": kind.needs, "labels": "kept" if kind.pool == "target" else "changed"}
+        shown.append((name, pictures, facts | metrics.visibility(sample, stamps.test(sample))))
+    return shown
+
+
+def _made_from(setting: Setting, split: Dataset, device: torch.device) -> dict[str, object]:
+    """What decides the bits of anything trained on this split."""
+    config = profiles.training(setting.profile, setting.dataset.partition(":")[0])
+    return {
+        "split": split.sha256(), "crop_padding": split.crop_padding, "flip": split.flip, "arch": setting.arch, "seed": setting.seed,
+        "training": dataclasses.asdict(config), "version": train.VERSION, "dataset": setting.dataset, "device": device.type,
+    }  # fmt: skip
 
 
 def fresh_model(setting: Setting, split: Dataset, device: torch.device, generator: torch.Generator) -> nn.Module:

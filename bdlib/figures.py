@@ -22,7 +22,7 @@ COLORS = {
     "AWM, mask thresholded": _PALETTE[1],
     "l-inf pruning": _PALETTE[5],
     "RNP": _PALETTE[4],
-    "CBD": _PALETTE[8],
+    "CBD": _PALETTE[9],
     "FT-SAM": _PALETTE[3],
 }
 NORM_NAMES = {"l1": "$\\ell_1$", "l2": "$\\ell_2$", "linf": "$\\ell_\\infty$"}
@@ -60,6 +60,31 @@ def image_strip(images: torch.Tensor, ax: Axes, title: str = "") -> Axes:
     ax.set_axis_off()
     ax.set_title(title, loc="left", fontsize=10)
     return ax
+
+
+def gallery(rows: list[tuple[str, dict[str, torch.Tensor], dict[str, object]]]) -> Figure:
+    """A row for each attack: its name, batches of pictures (N, C, H, W) in [0, 1] by what they show, and facts on it.
+
+    facts: psnr (dB), ssim, needs and labels, as `experiment.attack_pictures` gives them; they stand to the right.
+    """
+    heads = list(rows[0][1])
+    figure, axes = plt.subplots(
+        len(rows),
+        len(heads),
+        figsize=(2.2 * len(heads) + 3.4, 1.05 * len(rows) + 0.3),
+        layout="constrained",
+        squeeze=False,
+    )
+    for k, (name, pictures, facts) in enumerate(rows):
+        line = axes[k]
+        caption = (
+            f"PSNR {facts['psnr']:.1f} dB, SSIM {facts['ssim']:.2f}\nneeds {facts['needs']}\nlabels {facts['labels']}"
+        )
+        for ax, head in zip(line, heads, strict=True):
+            image_strip(pictures[head], ax, "" if k else head)
+        line[0].text(-0.06, 0.5, name, ha="right", va="center", fontsize=10, transform=line[0].transAxes)
+        line[-1].text(1.05, 0.5, caption, ha="left", va="center", fontsize=8, transform=line[-1].transAxes)
+    return figure
 
 
 def signed_image(values: torch.Tensor, ax: Axes, title: str = "") -> Axes:

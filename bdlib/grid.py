@@ -19,8 +19,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from bdlib import data, experiment, profiles
 from bdlib.files import write_atomic
 
@@ -130,8 +128,7 @@ def check(run: Run) -> None:
     )
     if _on_disk(setting.dataset):
         train_split, _ = _splits(setting.profile, setting.dataset)
-        setting.images(train_split)
-        setting.threat.wanted(torch.zeros(1, dtype=torch.long), len(train_split.classes))
+        setting.require_fits(train_split)
 
 
 @functools.cache
@@ -142,11 +139,8 @@ def _splits(profile: str, dataset: str) -> tuple[data.Dataset, data.Dataset]:
 
 def _on_disk(dataset: str) -> bool:
     """Whether the dataset can be looked at without a download; if not, the notebook itself checks the rest."""
-    return (
-        dataset not in data.NAMES
-        or dataset in ("signs", "digits")
-        or (experiment.data_root() / f"{dataset}.npz").exists()
-    )
+    on_disk = (experiment.data_root() / f"{dataset}.npz").exists()
+    return on_disk or dataset in data.EMBEDDED or dataset not in data.NAMES
 
 
 def execute(

@@ -41,6 +41,25 @@ def confusion(model: nn.Module, test: Dataset) -> pd.DataFrame:
     )
 
 
+def visibility(clean: torch.Tensor, triggered: torch.Tensor) -> dict[str, float]:
+    """How far triggered images are from clean ones, both float32 (N, C, H, W) in [0, 1], means over the images, by torchmetrics.
+
+    psnr           peak signal-to-noise ratio, dB: higher is harder to see (infinite where nothing changed)
+    ssim           structural similarity: 1 = the same
+    largest        largest change of a pixel, 1 = black to white
+    share_changed  share of the pixels that changed at all
+    """
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
+    change = (triggered - clean).abs()
+    return {
+        "psnr": float(peak_signal_noise_ratio(triggered, clean, data_range=1.0, dim=(1, 2, 3))),
+        "ssim": float(structural_similarity_index_measure(triggered, clean, data_range=1.0)),
+        "largest": float(change.amax((1, 2, 3)).mean()),
+        "share_changed": float((change.amax(1) > 0).float().mean()),
+    }
+
+
 def der(before: dict[str, float], after: dict[str, float]) -> float:
     """Defense effectiveness rating: (max(0, ASR drop) - max(0, ACC drop) + 1) / 2 (Eq. 7, arXiv:2304.11823)."""
     asr_drop = max(0.0, before["asr"] - after["asr"])

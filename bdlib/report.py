@@ -37,10 +37,7 @@ def draw_batch(rows: pd.DataFrame, out: Path) -> None:
 def methods_figure(rows: pd.DataFrame) -> plt.Figure:
     """ACC and ASR of every method and budget in these rows, which share a dataset, an attack and a network."""
     rows = rows.assign(method=figures.labels(rows)).drop_duplicates(["method", "seed"])
-    figure, ax = plt.subplots(figsize=(7, 1.4 + 0.35 * rows["method"].nunique()), layout="constrained")
-    figures.acc_and_asr(rows, "method", ax)
-    ax.set_title(setting_title(rows), fontsize=10)
-    return figure
+    return lines_figure(rows, "method")
 
 
 def budget_figure(rows: pd.DataFrame, methods: list[tuple[str, str]]) -> plt.Figure:
@@ -62,11 +59,7 @@ def variants_figure(
     same = ["dataset", "attack", "arch", "poison_rate", "budget"]
     budget = ablated["budget"].mode()[0]
     usual = rows[rows["variant"] == default].merge(ablated[ablated["budget"] == budget][same].drop_duplicates())
-    chosen = pd.concat([usual.assign(variant="default"), ablated])
-    figure, ax = plt.subplots(figsize=(7, 1.2 + 0.3 * chosen["variant"].nunique()), layout="constrained")
-    figures.acc_and_asr(chosen, "variant", ax)
-    ax.set_title(f"{setting_title(chosen)}, {budget} images", fontsize=10)
-    return figure
+    return lines_figure(pd.concat([usual.assign(variant="default"), ablated]), "variant", f", {budget} images")
 
 
 def rates_figure(rows: pd.DataFrame) -> plt.Figure:
@@ -85,10 +78,7 @@ def attacks_figure(rows: pd.DataFrame) -> plt.Figure:
         return empty_figure()
     methods = [figures.method_name(defense, "default") for defense in chosen["defense"]]
     chosen = chosen.assign(method=chosen["attack"] + ", " + methods)
-    figure, ax = plt.subplots(figsize=(7, 1.2 + 0.35 * chosen["method"].nunique()), layout="constrained")
-    figures.acc_and_asr(chosen, "method", ax)
-    ax.set_title(f"{setting_title(chosen)}, poison rate {chosen['poison_rate'].iloc[0]:.0%}", fontsize=8)
-    return figure
+    return lines_figure(chosen, "method", f", poison rate {chosen['poison_rate'].iloc[0]:.0%}")
 
 
 def pruning_figure(rows: pd.DataFrame) -> plt.Figure:
@@ -114,6 +104,14 @@ def effects_figure(rows: pd.DataFrame) -> plt.Figure:
     for (_, part), ax in zip(attacks, axes[0], strict=True):
         figures.effects(part[list(figures.NORM_NAMES)], ax)
         ax.set_title(setting_title(part), fontsize=8)
+    return figure
+
+
+def lines_figure(rows: pd.DataFrame, label: str, what: str = "") -> plt.Figure:
+    """ACC and ASR, a line for each value of the column `label`; the title says the setting and `what`."""
+    figure, ax = plt.subplots(figsize=(7, 1.4 + 0.33 * rows[label].nunique()), layout="constrained")
+    figures.acc_and_asr(rows, label, ax)
+    ax.set_title(setting_title(rows) + what, fontsize=9)
     return figure
 
 

@@ -17,6 +17,8 @@ VERSION = 1  # part of every stored model's key: raise it when a change here or 
 SCHEDULES = ("cosine", "one_cycle", "constant")
 _BATCH = 500  # images of a prediction
 Watch = Callable[[Iterable], Iterable]  # wraps the epochs, e.g. with a progress bar
+# What an attacker who controls training does to a batch: images (B, C, H, W) and labels (B,) in, the same out.
+Change = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,11 +77,17 @@ class Batches:
 
 
 def fit(
-    model: nn.Module, dataset: Dataset, config: TrainConfig, *, generator: torch.Generator, watch: Watch = iter
+    model: nn.Module,
+    dataset: Dataset,
+    config: TrainConfig,
+    *,
+    generator: torch.Generator,
+    watch: Watch = iter,
+    change: Change | None = None,
 ) -> nn.Module:
     """The model itself, trained on the split with cross-entropy and SGD, in eval().
 
-    Crops and flips are those that the dataset allows.
+    Crops and flips are those that the dataset allows; `change` comes after them.
     Raises ValueError for an empty split, FloatingPointError when the loss is no longer a number.
     """
     device = next(model.parameters()).device
@@ -93,7 +101,8 @@ def fit(
             model.train()
             total = torch.zeros((), device=device)
             for images, labels, _ in batches:
-                loss = F.cross_entropy(model(images), labels)
+                seen, wanted = change(images, labels) if change else (images, labels)
+                loss = F.cross_entropy(model(seen), wanted)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

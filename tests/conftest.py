@@ -1,12 +1,14 @@
 """Small fixtures: a dataset with three batches an epoch, a network with every kind of layer, a random source."""
 
+import os
+
 import pytest
 import torch
 from torch import nn
 
 from bdlib.data import Dataset
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
 
 @pytest.fixture

@@ -204,3 +204,20 @@ def test_epochs_are_means_for_each_kind_of_image(ax):
     lines = [line.get_ydata().tolist() for line in ax.get_lines() if len(line.get_xdata())]
     assert lines == [[2, 5], [0.5, 0.25]]
     assert (ax.get_xlabel(), ax.get_ylabel()) == ("epoch", "loss")
+
+
+def test_the_gallery_has_a_row_for_each_attack_with_its_facts():
+    facts = {"psnr": 21.26, "ssim": 0.5, "needs": "nothing", "labels": "kept"}
+    pictures = {"clean": torch.zeros(2, 3, 4, 4), "triggered": torch.ones(2, 3, 4, 4)}
+    figure = figures.gallery([("first", pictures, facts), ("second", pictures, facts | {"needs": "generator"})])
+    axes = figure.axes
+    assert len(axes) == 4 and [ax.get_title(loc="left") for ax in axes] == ["clean", "triggered", "", ""]
+    assert axes[3].get_images()[0].get_array()[2, 2].tolist() == [1, 1, 1]
+    words = [text.get_text() for ax in axes for text in ax.texts]
+    assert (
+        words[0] == "first"
+        and words[2] == "second"
+        and "PSNR 21.3 dB, SSIM 0.50" in words[1]
+        and "generator" in words[3]
+    )
+    plt.close(figure)

@@ -1,5 +1,7 @@
 """ACC, ASR, RA and DER against numbers counted by hand."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -75,3 +77,15 @@ def test_confusion_counts_rows_in_percent(tiny):
     four = replace(tiny, images=tiny.images[:4], labels=torch.tensor([0, 0, 0, 1]))
     table = metrics.confusion(Says(), images_saying(four, [0, 0, 2, 1]))
     assert table.loc["red"].tolist() == pytest.approx([200 / 3, 0, 100 / 3]) and table.loc["green", "green"] == 100
+
+
+def test_visibility_by_hand():
+    clean = torch.full((2, 3, 16, 16), 0.5)
+    triggered = clean.clone()
+    triggered[:, :, :8, :8] += 0.1
+    seen = metrics.visibility(clean, triggered)
+    assert seen["psnr"] == pytest.approx(-10 * math.log10(0.01 / 4), rel=1e-4)  # -10 log10 of the mean squared change
+    assert seen["largest"] == pytest.approx(0.1, rel=1e-4) and seen["share_changed"] == 0.25
+    same = metrics.visibility(clean, clean.clone())
+    assert same["psnr"] == math.inf and same["ssim"] == pytest.approx(1) and seen["ssim"] < 0.99
+    assert same["largest"] == same["share_changed"] == 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bdlib import poison, triggers
+from bdlib.attacks.attacker import Stamps
 from bdlib.data import replace, to_float
 from bdlib.poison import Attack
 
@@ -71,7 +72,11 @@ def test_the_generator_alone_decides_who_is_poisoned(tiny):
         ({"name": "badnet"}, "attack must be one of badnets, .*badnets_a2a.* got 'badnet'"),
         ({"poison_rate": 0}, r"poison_rate must be in \(0, 1\], got 0"),
         ({"poison_rate": 1.2}, r"poison_rate must be in \(0, 1\], got 1.2"),
-        ({"pool": "some"}, "pool must be one of all, non_target, got 'some'"),
+        ({"name": "fc"}, "attack 'fc' is not built: feature collision has no trigger"),
+        ({"name": "sig_a2a"}, "attack 'sig_a2a': sig changes no label"),
+        ({"name": "blended:nowhere.png"}, "must be an image file, got 'nowhere.png'"),
+        ({"name": "badnets:x.png"}, "got 'badnets:x.png'"),
+        ({"pool": "some"}, "pool must be one of all, non_target, target, got 'some'"),
     ],
 )
 def test_values_out_of_range_are_refused(values, message):
@@ -94,3 +99,40 @@ def test_a_rate_that_the_pool_cannot_give_is_refused(tiny, generator, rate):
 def test_gray_images_are_poisoned_too(tiny, generator):
     gray = replace(tiny, images=tiny.images[:, :1])
     assert poison.poison(gray, Attack(name="blended"), generator=generator).train.images.shape == gray.images.shape
+
+
+def test_a_clean_label_attack_changes_no_label_and_just_the_targets_images(tiny, generator):
+    out = poison.poison(tiny, Attack(name="sig", target_label=1, poison_rate=0.25), generator=generator)
+    assert (
+        torch.equal(out.train.labels, tiny.labels) and (tiny.labels[out.indices] == 1).all() and len(out.indices) == 9
+    )
+    expected = (triggers.make("signal")(to_float(tiny.images[out.indices])) * 255).round().to(torch.uint8)
+    assert torch.equal(out.train.images[out.indices], expected)
+
+
+def test_more_clean_label_poison_than_the_class_has_is_refused(tiny, generator):
+    with pytest.raises(ValueError, match=r"means 18; the pool 'target' allows 1 to 12 \(class 'green'\)"):
+        poison.poison(tiny, Attack(name="sig", target_label=1, poison_rate=0.5), generator=generator)
+
+
+def test_covers_carry_the_trigger_and_keep_their_label(tiny, generator):
+    stamps = Stamps(test=triggers.make("badnets"), cover=lambda images, source: images * 0)
+    out = poison.poison(tiny, Attack(name="adaptive_patch", poison_rate=0.25), stamps, generator=generator)
+    assert len(out.covers) == 18 and not set(out.covers.tolist()) & set(out.indices.tolist())
+    assert (out.train.images[out.covers] == 0).all() and torch.equal(
+        out.train.labels[out.covers], tiny.labels[out.covers]
+    )
+    assert (out.train.images[out.indices][:, :, 5:, 5:] == 255).all()
+    others = torch.ones(36, dtype=torch.bool)
+    others[torch.cat([out.covers, out.indices])] = False
+    assert torch.equal(out.train.images[others], tiny.images[others])
+
+
+def test_covers_are_no_more_than_the_other_images(tiny, generator):
+    out = poison.poison(tiny, Attack(name="adaptive_patch", poison_rate=0.5), generator=generator)
+    assert len(out.covers) == 18
+
+
+def test_an_attack_that_needs_more_than_its_name_says_so(tiny, generator):
+    with pytest.raises(ValueError, match="attack 'lf' needs a clean network first"):
+        poison.poison(tiny, Attack(name="lf"), generator=generator)
