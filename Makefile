@@ -2,14 +2,18 @@
 # make test        install if needed, then all tests
 # make lab         install if needed, then JupyterLab
 # make notebooks   execute the notebooks in place, so that they are stored with the outputs of the quick profile
-# make figures     rewrite figures/ from quick grids (two hours on two cores; finished runs are kept)
+# make figures     rewrite figures/ from quick grids (three hours on two cores; finished runs are kept)
+# make attacks     ACC and ASR of every attack on CIFAR-10, quick profile (four hours on two cores)
 
 # An active virtual or conda environment is used; otherwise .venv is made here.
 ENV := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)),.venv)
 PYTHON := $(ENV)/bin/python
 INSTALLED := $(ENV)/.bdlib-installed
 
-.PHONY: install reproduce test lab notebooks figures lint
+ATTACKS := badnets badnets_a2a badnets_grid badnets_4x4 badnets_corners l0_inv l2_inv trojan_3x3 trojan_square trojan_watermark trojannn \
+	blended signal signal_rnp signal_cbd sig sig_rnp label_consistent lf wanet input_aware ssba lira adaptive_blend adaptive_patch
+
+.PHONY: install reproduce test lab notebooks figures attacks lint
 
 install: $(INSTALLED)
 
@@ -31,6 +35,7 @@ notebooks: install
 	$(PYTHON) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 figures: install
+	$(PYTHON) runall.py --only 00_backdoors --set gallery=True --out runs/figures/gallery
 	$(PYTHON) runall.py --only 02_awm --budget 10 20 50 100 200 250 --seed 0 1 2 --out runs/figures/awm_budgets
 	$(PYTHON) runall.py --only 02_awm --seed 0 1 2 --set ablations=True --out runs/figures/awm_ablations
 	$(PYTHON) runall.py --only 01_linf_pruning --seed 1 2 --out runs/figures/linf_seeds
@@ -47,6 +52,10 @@ figures: install
 	$(PYTHON) runall.py --only 04_cbd --poison-rate 0.01 0.1 0.2 0.5 --seed 0 --out runs/figures/cbd_poison_rates
 	$(PYTHON) runall.py --only 04_cbd --attack blended badnets --seed 0 --out runs/figures/cbd_attacks
 	$(PYTHON) -m bdlib.report runs/figures figures
+
+attacks: install
+	$(PYTHON) runall.py --only 00_backdoors --dataset cifar10 --out runs/attacks_cifar10 --attack $(ATTACKS)
+	cp runs/attacks_cifar10/results.csv figures/attacks_cifar10.csv
 
 lint: install
 	$(PYTHON) -m ruff check .

@@ -1,6 +1,7 @@
 """Figures drawn from rows: those of a batch (runall.py), and the committed ones (`make figures`)."""
 
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +15,13 @@ from bdlib import figures, results
 
 
 def main(runs: Path, out: Path) -> None:
-    """Write out/PAPER_rows.csv for every notebook with a results.csv below `runs`, and the figures drawn from these rows."""
+    """Write out/PAPER_rows.csv for every notebook with a results.csv below `runs`, and the figures drawn from these rows.
+
+    The gallery of attacks is drawn by its notebook, which holds the pictures: it is copied.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    for drawn in sorted(runs.rglob("attacks.*")):
+        shutil.copyfile(drawn, out / drawn.name)
     rows = results.load(*sorted(runs.rglob("results.csv")))
     rows = rows.drop_duplicates([*results.SETTING, "seed"])
     # Defenses and variants stay in the order in which their notebook ran them.
@@ -23,8 +30,10 @@ def main(runs: Path, out: Path) -> None:
     )
     for notebook, part in rows.groupby("notebook"):
         paper = notebook.partition("_")[2]
+        if paper not in FIGURES:  # the primer has no rows of its own
+            continue
         results.save(part, out / f"{paper}_rows.csv")
-        for name, draw in FIGURES.get(paper, {}).items():
+        for name, draw in FIGURES[paper].items():
             figures.save(draw(part), out / f"{paper}_{name}")
 
 

@@ -79,11 +79,20 @@ def test_report_collects_rows_once_and_draws_them(tmp_path, rows):
     ablated = results.table(row(variant="tau=10", budget=200, seed=s) for s in range(3))
     for name, part in (("one", rows), ("two", pd.concat([rows, ablated]))):
         results.save(part, tmp_path / "runs" / name / "results.csv")
+    gallery = tmp_path / "runs" / "gallery" / "00_backdoors" / "run" / "attacks.png"
+    gallery.parent.mkdir(parents=True)
+    gallery.write_bytes(b"drawn by the notebook")
     report.main(tmp_path / "runs", tmp_path / "out")
     assert len(results.load(tmp_path / "out" / "awm_rows.csv")) == len(rows) + 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        ["awm_rows.csv", *(f"awm_{n}.{s}" for n in ("budget", "sensitivity") for s in ("png", "svg"))]
+        ["attacks.png", "awm_rows.csv", *(f"awm_{n}.{s}" for n in ("budget", "sensitivity") for s in ("png", "svg"))]
     )
+
+
+def test_report_leaves_the_primers_rows_out(tmp_path):
+    results.save(results.table([row(notebook="00_backdoors")]), tmp_path / "runs" / "results.csv")
+    report.main(tmp_path / "runs", tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_no_stored_rows_is_said_in_the_figure():

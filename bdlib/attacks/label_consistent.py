@@ -13,6 +13,7 @@ from bdlib.triggers import make
 
 EPSILON = 8 / 255  # largest change of a pixel (BackdoorBench, BackdoorBox); 16 / 255 in ANP's recipe
 STEP = 1.5 / 255
+_BATCH = 250  # images perturbed at once: bounds the memory of a wide network
 
 
 class Repel(nn.Module):
@@ -26,6 +27,9 @@ class Repel(nn.Module):
         self.model, self.target_label, self.steps = model, target_label, steps
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self._repelled(batch) for batch in images.split(_BATCH)])
+
+    def _repelled(self, images: torch.Tensor) -> torch.Tensor:
         device = next(self.model.parameters()).device
         labels = torch.full((len(images),), self.target_label, device=device)
         start = images.to(device)

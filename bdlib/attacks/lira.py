@@ -14,6 +14,7 @@ from bdlib.randomness import seeded
 from bdlib.train import Batches, lr_factor, require_finite
 
 EPSILON = 0.01  # largest change of a pixel (BackdoorBench)
+NOISE_LR = (1e-3, 1e-4)  # Adam's rate for T: in the quick profile, which takes few steps (ours), otherwise (BackdoorBench)
 
 
 class Lira(nn.Module):
@@ -59,7 +60,7 @@ def _fit_in_turn(trigger: Lira, batches: Batches, attacker: Attacker) -> None:
     classifier = torch.optim.SGD(
         trigger.classifier.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    noise = torch.optim.Adam(trigger.noise.parameters(), lr=1e-3)
+    noise = torch.optim.Adam(trigger.noise.parameters(), lr=NOISE_LR[0 if attacker.quick else 1])
     steps = lr_factor(config.schedule, config.epochs * len(batches))
     scheduler = torch.optim.lr_scheduler.LambdaLR(classifier, steps)
     together = max(config.epochs // 3, 1)

@@ -72,7 +72,7 @@ def fit(trigger: Ssba, attacker: Attacker) -> None:
             secrets = torch.randint(2, (len(images), len(trigger.secret)), generator=generator).to(images)
             hidden = trigger.put(images, secrets)
             reading = F.binary_cross_entropy_with_logits(trigger.decoder(hidden), secrets)
-            # The likeness counts more and more: from 0 after a tenth of the steps to 50 at the end.
+            # The likeness counts more and more: from 0 after a tenth of the steps to 50 at the end.  The weights are ours.
             progress = step / (epochs * len(batches))
             likeness = 50 * max(progress - 0.1, 0) / 0.9
             loss = reading + likeness * (hidden - images).square().mean()
