@@ -13,7 +13,7 @@ from bdlib.augment import crop_flip, pad_for_crops
 from bdlib.data import Dataset, to_float
 from bdlib.randomness import seeded
 
-VERSION = 1  # part of every stored model's key: raise it when a change here or in models.py alters trained weights
+VERSION = 2  # part of every stored model's key: raise it when a change here or in models.py alters trained weights
 SCHEDULES = ("cosine", "one_cycle", "constant")
 _BATCH = 500  # images of a prediction
 Watch = Callable[[Iterable], Iterable]  # wraps the epochs, e.g. with a progress bar
