@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bdlib import models
 from bdlib.defenses import awm
 from bdlib.defenses.awm import AwmConfig
 from tests.conftest import same, state
@@ -290,3 +291,11 @@ def test_a_loss_that_is_no_number_is_an_error(tiny, network, generator):
     network[0].weight.data[0] = float("nan")
     with pytest.raises(FloatingPointError, match="loss became nan in outer epoch 1 of AWM"):
         awm.awm(network, tiny, QUICK, generator=generator)
+
+
+def test_a_model_whose_weights_are_hardly_convolutions_is_refused():
+    transformer = models.build(
+        "vit_b_16:64", torch.zeros(2, 3, 16, 16, dtype=torch.uint8), 3, generator=torch.Generator().manual_seed(0)
+    )
+    with pytest.raises(ValueError, match=r"only 0\.\d\d% of the model's weights .* needs at least 1%"):
+        awm.initial_masks(transformer)

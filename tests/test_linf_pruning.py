@@ -206,12 +206,18 @@ def test_the_random_order_is_the_generators():
     ],
 )
 def test_step_3_stops_before_the_fall(tiny, monkeypatch, after, max_drop, count):
-    seen = []
-    monkeypatch.setattr(linf, "accuracy", lambda m, held: (seen.append((m, held)), ([1.0, *after])[len(seen) - 1])[1])
+    seen, silenced = [], []
+
+    def accuracy(m, held):
+        seen.append((m, held))
+        if m is not model:
+            silenced.append(torch.nonzero(m[1].kept.flatten() == 0).flatten().tolist())
+        return [1.0, *after][len(seen) - 1]
+
+    monkeypatch.setattr(linf, "accuracy", accuracy)
     model, order = backdoored(), torch.tensor([1, 3, 0, 2])
     assert linf.choose_count(model, "1", order, tiny, max_drop) == count
-    assert seen[0][0] is model and all(held is tiny for _, held in seen)
-    silenced = [torch.nonzero(m[1].kept.flatten() == 0).flatten().tolist() for m, _ in seen[1:]]
+    assert seen[0][0] is model and all(held is tiny for _, held in seen) and len(silenced) == len(seen) - 1
     assert silenced == [[1], [1, 3], [0, 1, 3], [0, 1, 2, 3]][: len(silenced)]
 
 

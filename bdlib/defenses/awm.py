@@ -26,6 +26,8 @@ from bdlib.masks import Masks, masked
 from bdlib.train import Watch, require_finite
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images, float32 (B, C, H, W) in [0, 1], and labels (B,)
+# Share of the weights that convolutions must hold at least: AlexNet with its three large linear layers has 4%, ViT-B/16 0.04%.
+LEAST_SHARE = 0.01
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,10 +172,19 @@ def defense_images(
 
 
 def initial_masks(model: nn.Module) -> Masks:
-    """A mask of ones for the weight of every convolution: not for biases, batch norm or linear layers."""
+    """A mask of ones for the weight of every convolution: not for biases, batch norm or linear layers.
+
+    Raises ValueError where there are none, or too few to carry a backdoor.
+    """
     convolutions = {f"{name}.weight": layer for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
     if not convolutions:
         raise ValueError("AWM masks convolution weights, but the model has no nn.Conv2d layer")
+    share = sum(part.weight.numel() for part in convolutions.values()) / sum(p.numel() for p in model.parameters())
+    if share < LEAST_SHARE:
+        raise ValueError(
+            f"AWM masks convolution weights, but only {share:.2%} of the model's weights are such (a Vision Transformer "
+            f"embeds its patches by one convolution): it needs at least {LEAST_SHARE:.0%}"
+        )
     return {name: torch.ones_like(layer.weight).requires_grad_(True) for name, layer in convolutions.items()}
 
 

@@ -145,8 +145,11 @@ def channel_scores(
 def choose_count(model: nn.Module, name: str, order: torch.Tensor, held: Dataset, max_drop: float) -> int:
     """How many channels go: the last number before accuracy on the held-out images falls by more than `max_drop` (step 3)."""
     start = accuracy(model, held)
-    for count in range(1, len(order) + 1):
-        if accuracy(silence(model, name, order, count), held) < start - max_drop - 1e-9:
+    silenced = silence(model, name, order, 0)
+    kept = layer(silenced, name).kept
+    for count, channel in enumerate(order, start=1):
+        kept[channel] = 0.0
+        if accuracy(silenced, held) < start - max_drop - 1e-9:
             return count - 1
     return len(order)
 
