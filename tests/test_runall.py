@@ -76,7 +76,8 @@ def call(notebooks, tmp_path):
         (["--only", "07_none"], "--only must name notebooks out of 00_backdoors, got 07_none"),
         (
             ["--dataset", "cifar11"],
-            "dataset must be one of signs, digits, cifar10, gtsrb or folder:PATH, got 'cifar11'",
+            "dataset must be one of signs, digits, cifar10, gtsrb, cifar100, svhn, tiny_imagenet, imagenette, mnist, "
+            "fashion_mnist or folder:PATH, got 'cifar11'",
         ),
         (["--dataset", "folder:/nowhere"], "needs an existing folder, got '/nowhere'"),
         (["--attack", "blend"], "attack must be one of badnets"),
