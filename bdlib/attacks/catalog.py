@@ -23,9 +23,8 @@ class Kind:
     training; fit: trains that; stamps: what it puts on images.  trains_model: the attacker trains the classifier too.
     """
 
-    needs: str = (
-        "nothing"  # "nothing", "clean network", "generator" or "control of training": what the attacker must have
-    )
+    # What the attacker must have: "nothing", "clean network", "generator" or "control of training".
+    needs: str = "nothing"
     pool: str = "all"
     covers: float = 0.0
     build: Callable[[Attacker], nn.Module] | None = None

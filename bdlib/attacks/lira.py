@@ -14,10 +14,8 @@ from bdlib.randomness import seeded
 from bdlib.train import Batches, lr_factor, require_finite
 
 EPSILON = 0.01  # largest change of a pixel (BackdoorBench)
-NOISE_LR = (
-    1e-3,
-    1e-4,
-)  # Adam's rate for T: in the quick profile, which takes few steps (ours), otherwise (BackdoorBench)
+# Adam's rate for T: in the quick profile, which takes few steps (ours), otherwise (BackdoorBench).
+NOISE_LR = (1e-3, 1e-4)
 
 
 class Lira(nn.Module):

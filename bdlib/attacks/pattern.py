@@ -3,7 +3,6 @@
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.transforms.functional import gaussian_blur
 
 from bdlib.attacks.attacker import Attacker
 from bdlib.data import to_float
@@ -85,6 +84,8 @@ def fit_lf(pattern: Pattern, attacker: Attacker) -> None:
 
 
 def _smooth(logits: torch.Tensor, sigma: float) -> torch.Tensor:
+    from torchvision.transforms.functional import gaussian_blur  # takes seconds to import: not for every start
+
     return LF_CAP * gaussian_blur(logits.sigmoid(), kernel_size=4 * round(sigma) + 1, sigma=sigma)
 
 
