@@ -165,7 +165,7 @@ FIGURES: dict[str, dict[str, Callable[[pd.DataFrame], plt.Figure]]] = {
     },
     "linf_pruning": {"curve": pruning_figure, "effects": effects_figure},
     "rnp": {
-        "budget": lambda rows: budget_figure(rows, RNP),
+        "budget": lambda rows: budget_figure(rows[rows["attack"] == "badnets"], RNP),
         "variants": lambda rows: variants_figure(rows, "rnp", hidden=("oracle threshold",)),
     },
     "ft_sam": {
