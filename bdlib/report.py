@@ -54,7 +54,7 @@ def budget_figure(rows: pd.DataFrame, methods: list[tuple[str, str]]) -> plt.Fig
     chosen = rows[[pair in methods for pair in zip(rows["defense"], rows["variant"], strict=True)]]
     if chosen.empty:
         return empty_figure()
-    return asr_beside_acc(chosen, figures.budget_curve)
+    return asr_beside_acc(commonest_attack(chosen), figures.budget_curve)
 
 
 def variants_figure(
@@ -96,8 +96,7 @@ def pruning_figure(rows: pd.DataFrame) -> plt.Figure:
     curve = rows.join(parts).dropna(subset="order").astype({"channels": "float"})
     if curve.empty:
         return empty_figure()
-    curve = curve[curve["attack"] == curve["attack"].mode()[0]]
-    return asr_beside_acc(curve, figures.pruning_curve)
+    return asr_beside_acc(commonest_attack(curve), figures.pruning_curve)
 
 
 def effects_figure(rows: pd.DataFrame) -> plt.Figure:
@@ -142,6 +141,11 @@ def empty_figure() -> plt.Figure:
     return figure
 
 
+def commonest_attack(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the attack that most of them have: a curve shows one attack."""
+    return rows[rows["attack"] == rows["attack"].mode()[0]]
+
+
 def setting_title(rows: pd.DataFrame) -> str:
     """Dataset, attack, network and seeds of these rows, for a figure's title."""
     words = [", ".join(map(str, rows[name].unique())) for name in ("dataset", "attack", "arch")]
@@ -165,7 +169,7 @@ FIGURES: dict[str, dict[str, Callable[[pd.DataFrame], plt.Figure]]] = {
     },
     "linf_pruning": {"curve": pruning_figure, "effects": effects_figure},
     "rnp": {
-        "budget": lambda rows: budget_figure(rows[rows["attack"] == "badnets"], RNP),
+        "budget": lambda rows: budget_figure(rows, RNP),
         "variants": lambda rows: variants_figure(rows, "rnp", hidden=("oracle threshold",)),
     },
     "ft_sam": {

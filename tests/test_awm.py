@@ -235,7 +235,15 @@ def test_official_recipes():
     assert (one_shot.batch_size, one_shot.tau, one_shot.alpha, one_shot.copies) == (32, 100, 0.99, 9)
     few = awm.recipe(50, 10)
     assert (few.batch_size, few.tau, few.alpha, few.copies) == (32, 100, 0.9, 1)
-    assert awm.recipe(200, 10) == AwmConfig(lr_decay=0.9)
+    assert awm.recipe(128, 10) == awm.recipe(499, 10) == AwmConfig(lr_decay=0.9)
+    assert few.lr_decay == one_shot.lr_decay == 1
+
+
+@pytest.mark.parametrize(("config", "decay"), [(AwmConfig(), "lr_decay=0.9"), (AwmConfig(lr_decay=0.9), "lr_decay=1")])
+def test_sensitivity_changes_something_each_time(config, decay):
+    settings = awm.sensitivity(config)
+    assert config not in settings.values() and len(set(settings.values())) == len(settings)
+    assert [name for name in settings if name.startswith("lr_decay")] == [decay]
 
 
 def test_the_papers_variant_differs_where_alg_1_does():

@@ -41,12 +41,17 @@ class InputAware(nn.Module):
 
     def put(self, images: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         """The images with the trigger that belongs to `source`."""
-        return images + (self.patterns(source) - images) * self.masks(source)
+        return blend(images, self.patterns(source), self.masks(source))
 
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         placed = images.to(next(self.parameters()).device)
         return self.put(placed, placed).to(images.device)
+
+
+def blend(images: torch.Tensor, patterns: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
+    """x + (P - x) M."""
+    return images + (patterns - images) * masks
 
 
 def build(attacker: Attacker) -> InputAware:
@@ -108,11 +113,11 @@ def _joint_loss(trigger: InputAware, images: torch.Tensor, labels: torch.Tensor,
     poisoned = max(round(attacker.poison_rate * len(images)), 2)
     covered = min(poisoned + round(COVERS * poisoned), len(images))
     others = images.roll(1, 0)
-    own = trigger.put(images[:poisoned], images[:poisoned])
+    patterns = trigger.patterns(images[:poisoned])
+    own = blend(images[:poisoned], patterns, trigger.masks(images[:poisoned]))
     foreign = trigger.put(images[poisoned:covered], others[poisoned:covered])
     mixed = torch.cat([own, foreign, images[covered:]])
     wanted = torch.cat([attacker.wanted(labels[:poisoned]), labels[poisoned:]])
-    patterns = trigger.patterns(images[:poisoned])
     diversity = _closeness(images[:poisoned], images[:poisoned].roll(1, 0), patterns, patterns.roll(1, 0))
     return F.cross_entropy(trigger.classifier(mixed), wanted) + DIVERSITY_WEIGHT * diversity
 
