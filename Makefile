@@ -46,7 +46,7 @@ figures: install
 	$(PYTHON) runall.py --only 05_ft_sam --budget 50 500 --seed 0 --out runs/figures/ft_sam_budgets
 	$(PYTHON) runall.py --only 03_rnp --seed 1 2 --out runs/figures/rnp_seeds
 	$(PYTHON) runall.py --only 03_rnp --seed 0 --set ablations=True --out runs/figures/rnp_ablations
-	$(PYTHON) runall.py --only 03_rnp --attack blended --seed 0 1 2 --out runs/figures/rnp_blended
+	$(PYTHON) runall.py --only 03_rnp --attack badnets --seed 0 1 2 --out runs/figures/rnp_badnets
 	$(PYTHON) runall.py --only 03_rnp --budget 50 100 500 --seed 0 --out runs/figures/rnp_budgets
 	$(PYTHON) runall.py --only 04_cbd --seed 1 2 --out runs/figures/cbd_seeds
 	$(PYTHON) runall.py --only 04_cbd --seed 0 --set ablations=True --out runs/figures/cbd_ablations
