@@ -95,6 +95,20 @@ def test_report_leaves_the_primers_rows_out(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_the_title_counts_the_seeds_of_every_line(rows):
+    assert report.setting_title(rows).endswith("· 3 seeds")
+    fewer = results.table(row(variant="tau=10", budget=200, seed=s) for s in range(2))
+    assert report.setting_title(pd.concat([rows, fewer])).endswith("· 2 to 3 seeds")
+    assert report.setting_title(fewer[fewer["seed"] == 0]).endswith("· 1 seed")
+
+
+def test_a_curve_shows_the_attack_that_most_rows_have(rows):
+    other = results.table(row(attack="badnets", defense="awm", variant="soft", budget=b, seed=0) for b in (10, 200))
+    figure = report.budget_figure(pd.concat([other, rows]), report.AWM)
+    assert "blended" in figure.get_suptitle() and "badnets" not in figure.get_suptitle()
+    plt.close(figure)
+
+
 def test_no_stored_rows_is_said_in_the_figure():
     figure = report.budget_figure(results.load(), report.AWM)
     assert "make figures" in figure.axes[0].texts[0].get_text()
