@@ -85,7 +85,7 @@ def load(*paths: Path) -> pd.DataFrame:
 def with_measures(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with a column for each of their `measures`; empty where a row has none of that name."""
     measures = pd.DataFrame([json.loads(text) for text in rows["measures"]], index=rows.index)
-    return rows.drop(columns="measures").join(measures)
+    return pd.concat([rows.drop(columns="measures"), measures], axis=1)
 
 
 def over_seeds(rows: pd.DataFrame, values: Iterable[str] = SHOWN) -> pd.DataFrame:

@@ -31,6 +31,12 @@ def test_rows_survive_the_file_to_the_bit(tmp_path):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["rows.csv"]
 
 
+def test_measures_stay_with_their_row_where_tables_were_put_together():
+    one, two = (results.table([row(seed=s, measures=f'{{"auroc": {s / 10}}}'), row(seed=s)]) for s in (1, 2))
+    both = results.with_measures(pd.concat([one, two]))
+    assert both["seed"].tolist() == [1, 1, 2, 2] and both["auroc"].fillna(-1).tolist() == [0.1, -1, 0.2, -1]
+
+
 @pytest.mark.parametrize("wrong", [{"acurracy": 1}, {"-": "asr"}])
 def test_a_row_with_other_columns_is_refused(wrong):
     bad = row() | wrong
