@@ -149,7 +149,7 @@ def commonest_attack(rows: pd.DataFrame) -> pd.DataFrame:
 def setting_title(rows: pd.DataFrame) -> str:
     """Dataset, attack, network and seeds of these rows, for a figure's title."""
     words = [", ".join(map(str, rows[name].unique())) for name in ("dataset", "attack", "arch")]
-    seeds = rows.groupby(["defense", "variant", "budget", "poison_rate"])["seed"].nunique()
+    seeds = rows.groupby(["attack", "defense", "variant", "budget", "poison_rate"])["seed"].nunique()
     count = f"{seeds.min()} to {seeds.max()}" if seeds.min() < seeds.max() else str(seeds.max())
     return f"{' · '.join(words)} · {count} seed{'s' if seeds.max() > 1 else ''}"
 
