@@ -54,7 +54,7 @@ def budget_figure(rows: pd.DataFrame, methods: list[tuple[str, str]]) -> plt.Fig
     chosen = rows[[pair in methods for pair in zip(rows["defense"], rows["variant"], strict=True)]]
     if chosen.empty:
         return empty_figure()
-    return asr_beside_acc(commonest_attack(chosen), figures.budget_curve)
+    return asr_beside_acc(chosen, figures.budget_curve)
 
 
 def variants_figure(
@@ -96,7 +96,7 @@ def pruning_figure(rows: pd.DataFrame) -> plt.Figure:
     curve = rows.join(parts).dropna(subset="order").astype({"channels": "float"})
     if curve.empty:
         return empty_figure()
-    return asr_beside_acc(commonest_attack(curve), figures.pruning_curve)
+    return asr_beside_acc(curve, figures.pruning_curve)
 
 
 def effects_figure(rows: pd.DataFrame) -> plt.Figure:
@@ -124,7 +124,8 @@ def lines_figure(rows: pd.DataFrame, label: str, what: str = "") -> plt.Figure:
 
 
 def asr_beside_acc(rows: pd.DataFrame, draw: Callable[[pd.DataFrame, str, Axes], Axes]) -> plt.Figure:
-    """ASR on the left, ACC on the right, each drawn by `draw`, one legend for both."""
+    """ASR on the left, ACC on the right, each drawn by `draw`, one legend for both; of the attack that most of the rows have."""
+    rows = rows[rows["attack"] == rows["attack"].mode()[0]]
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for value, ax in zip(("asr", "acc"), axes, strict=True):
         draw(rows, value, ax)
@@ -141,16 +142,11 @@ def empty_figure() -> plt.Figure:
     return figure
 
 
-def commonest_attack(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the attack that most of them have: a curve shows one attack."""
-    return rows[rows["attack"] == rows["attack"].mode()[0]]
-
-
 def setting_title(rows: pd.DataFrame) -> str:
     """Dataset, attack, network and seeds of these rows, for a figure's title."""
     words = [", ".join(map(str, rows[name].unique())) for name in ("dataset", "attack", "arch")]
-    seeds = rows.groupby(["attack", "defense", "variant", "budget", "poison_rate"])["seed"].nunique()
-    count = f"{seeds.min()} to {seeds.max()}" if seeds.min() < seeds.max() else str(seeds.max())
+    seeds = rows.groupby(results.SETTING)["seed"].nunique()
+    count = " to ".join(map(str, sorted({seeds.min(), seeds.max()})))
     return f"{' · '.join(words)} · {count} seed{'s' if seeds.max() > 1 else ''}"
 
 
