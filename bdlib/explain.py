@@ -5,7 +5,7 @@ Nothing here changes the model.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pandas as pd
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bdlib.data import Dataset
+from bdlib.masks import norms
 from bdlib.train import Watch, evaluating, require_finite
 
 NORMS = ("l1", "l2", "linf")
@@ -33,12 +34,29 @@ def last_feature_map(model: nn.Module, images: torch.Tensor) -> str:
 
     In a residual network that is the sum of both branches, if it is larger.  Raises ValueError for a model without such an output.
     """
-    finished: list[str] = []
+    return _map_sizes(model, images)[-1][0]
+
+
+def stages(model: nn.Module, images: torch.Tensor, count: int) -> tuple[str, ...]:
+    """Names of the modules that give the last feature map of each of the last `count` sizes, from first to last.
+
+    Raises ValueError for a model with fewer sizes.
+    """
+    last = {size: name for name, size in _map_sizes(model, images)}
+    if len(last) < count:
+        sizes = ", ".join(f"{height} x {width}" for height, width in last)
+        raise ValueError(f"the model must have feature maps of at least {count} sizes, it has {sizes}")
+    return tuple(last.values())[-count:]
+
+
+def _map_sizes(model: nn.Module, images: torch.Tensor) -> list[tuple[str, torch.Size]]:
+    """Name and size (h, w) of every module's feature map larger than 1 x 1, in the order in which they finish."""
+    finished: list[tuple[str, torch.Size]] = []
 
     def note(name: str) -> Callable:
         def hook(module, inputs, output) -> None:
             if isinstance(output, torch.Tensor) and output.ndim == 4 and output[0, 0].numel() > 1:
-                finished.append(name)
+                finished.append((name, output.shape[2:]))
 
         return hook
 
@@ -51,7 +69,7 @@ def last_feature_map(model: nn.Module, images: torch.Tensor) -> str:
             handle.remove()
     if not finished or not has_convolution:
         raise ValueError("the model has no nn.Conv2d layer with a feature map (N, C, H, W) larger than 1 x 1")
-    return finished[-1]
+    return finished
 
 
 def feature_maps(model: nn.Module, images: torch.Tensor, name: str) -> torch.Tensor:
@@ -62,6 +80,25 @@ def feature_maps(model: nn.Module, images: torch.Tensor, name: str) -> torch.Ten
 def embeddings(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """What the last nn.Linear sees, (N, D), with the model in eval().  Raises ValueError for a model without one."""
     return _hooked(model, images, last_linear(model), lambda module, inputs, output: inputs[0])
+
+
+def with_embedding(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, C) and what the last nn.Linear saw (B, D), from one pass in the model's own mode."""
+    seen: list[torch.Tensor] = []
+    handle = last_linear(model).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    try:
+        return model(images), seen[0]
+    finally:
+        handle.remove()
+
+
+def norm_inputs(model: nn.Module, images: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+    """Name and input (N, K, h, w) of one nn.BatchNorm2d with a scale after the other, with the model in eval().
+
+    One pass for each norm, so that the inputs of one norm are held at a time.
+    """
+    for name, norm in norms(model).items():
+        yield name, _hooked(model, images, norm, lambda module, inputs, output: inputs[0])
 
 
 def last_linear(model: nn.Module) -> nn.Linear:
@@ -216,10 +253,7 @@ def synthesize_trigger(
         raise ValueError(f"target_label must be between 0 and {len(clean.classes) - 1}, got {target_label}")
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     images = clean.floats().to(next(frozen.parameters()).device)
-    # The start is drawn: from a constant one, all pixels of an edge would move alike.
-    shape = images.shape[1:]
-    mask_logit = (torch.randn(1, 1, *shape[1:], generator=generator) * 0.1 - 2).to(images).requires_grad_(True)
-    pattern_logit = (torch.randn(1, *shape, generator=generator) * 0.1).to(images).requires_grad_(True)
+    mask_logit, pattern_logit = starting_logits(images, generator=generator)
     optimizer = torch.optim.Adam([mask_logit, pattern_logit], lr=config.lr)
     picks = torch.randint(len(images), (config.steps, min(config.batch_size, len(images))), generator=generator)
     total = torch.zeros((), device=images.device)
@@ -233,6 +267,17 @@ def synthesize_trigger(
         total += loss.detach()
     require_finite(total, "the synthesis of a trigger")
     return SyntheticTrigger(mask_logit.sigmoid().detach(), pattern_logit.sigmoid().detach())
+
+
+def starting_logits(images: torch.Tensor, *, generator: torch.Generator) -> list[torch.Tensor]:
+    """Mask (1, 1, H, W) and pattern (1, C, H, W) before the sigmoid: near .12 and .5, ready for gradients.
+
+    The start is drawn: from a constant one, all pixels of an edge would move alike.
+    """
+    shape = images.shape[1:]
+    mask = (torch.randn(1, 1, *shape[1:], generator=generator) * 0.1 - 2).to(images)
+    pattern = (torch.randn(1, *shape, generator=generator) * 0.1).to(images)
+    return [mask.requires_grad_(True), pattern.requires_grad_(True)]
 
 
 def _hooked(model: nn.Module, images: torch.Tensor, module: nn.Module, read: Callable) -> torch.Tensor:

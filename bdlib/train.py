@@ -72,8 +72,11 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         order = torch.randperm(len(self.labels), generator=self.generator).to(self.labels.device)
         for picks in order[: self.steps * self.batch_size].split(self.batch_size):
-            images = crop_flip(self.padded, picks, self.padding, self.flip, generator=self.generator)
-            yield to_float(images), self.labels[picks], picks
+            yield self.view(picks), self.labels[picks], picks
+
+    def view(self, picks: torch.Tensor) -> torch.Tensor:
+        """The images at these positions (B,), newly cropped and flipped, float32 (B, C, H, W) in [0, 1]."""
+        return to_float(crop_flip(self.padded, picks, self.padding, self.flip, generator=self.generator))
 
 
 def fit(
@@ -133,6 +136,19 @@ def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 def accuracy(model: nn.Module, dataset: Dataset) -> float:
     """Share of the images that the model, in eval(), calls their class."""
     return (predict(model, dataset.images) == dataset.labels).double().mean().item()
+
+
+@torch.no_grad()
+def sample_losses(model: nn.Module, dataset: Dataset) -> torch.Tensor:
+    """Cross-entropy (N,) of the model, in eval(), on each image, on the images' device."""
+    device = next(model.parameters()).device
+    parts = zip(dataset.images.split(_BATCH), dataset.labels.split(_BATCH), strict=True)
+    with evaluating(model):
+        losses = [
+            F.cross_entropy(model(to_float(images.to(device))), labels.to(device), reduction="none")
+            for images, labels in parts
+        ]
+    return torch.cat(losses).to(dataset.labels.device)
 
 
 @contextmanager

@@ -26,13 +26,15 @@ ALLOWED = {
     "poison": {"attacks", "data"},
     "profiles": {"train"},
     "report": {"figures", "results"},
-    "explain": {"data", "train"},
+    "explain": {"data", "masks", "train"},
+    "selection": {"data", "masks", "train"},
     "defenses": {
         "augment",
         "data",
         "explain",
         "masks",
         "randomness",
+        "selection",
         "train",
     },  # never triggers, attacks, poison, metrics
     "experiment": {"attacks", "data", "metrics", "models", "poison", "profiles", "results", "store", "train"},

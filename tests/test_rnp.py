@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bdlib import train
+from bdlib import selection, train
 from bdlib.defenses import rnp
 from bdlib.defenses.rnp import RnpConfig
 from tests.conftest import same, state
@@ -264,7 +264,7 @@ def test_the_threshold_is_the_last_before_the_first_large_drop(tiny, monkeypatch
     measured = []
     monkeypatch.setattr(rnp, "prune", lambda model, masks, threshold: threshold)
     monkeypatch.setattr(
-        rnp, "accuracy", lambda model, held: (measured.append(held), {"original": 1.0, **accuracies}[model])[1]
+        selection, "accuracy", lambda model, held: (measured.append(held), {"original": 1.0, **accuracies}[model])[1]
     )
     config = RnpConfig(max_drop=0.25, thresholds=(0.3, 0.1, 0.4, 0.2))
     assert rnp.choose_threshold("original", {}, tiny, config) == expected

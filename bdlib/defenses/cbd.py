@@ -21,7 +21,7 @@ from torch import nn
 
 from bdlib.augment import cutout
 from bdlib.data import Dataset
-from bdlib.explain import last_linear
+from bdlib.explain import last_linear, with_embedding
 from bdlib.randomness import seeded
 from bdlib.train import SCHEDULES, Batches, Watch, lr_factor, require_finite
 
@@ -268,16 +268,6 @@ class Critic(nn.Module):
                 largest = torch.linalg.matrix_norm(parameter.view(len(parameter), -1), 2)
                 divisor = largest.sqrt() if self.config.lipschitz == "root" else largest
                 parameter.div_(divisor.clamp(min=1e-12))
-
-
-def with_embedding(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, C) and what the last nn.Linear saw (B, D), from one pass in the model's own mode."""
-    seen: list[torch.Tensor] = []
-    handle = last_linear(model).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    try:
-        return model(images), seen[0]
-    finally:
-        handle.remove()
 
 
 def augmented(images: torch.Tensor, config: CbdConfig, generator: torch.Generator) -> torch.Tensor:

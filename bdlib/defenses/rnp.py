@@ -22,9 +22,10 @@ from torch.func import functional_call
 from torch.optim.swa_utils import update_bn
 
 from bdlib.data import Dataset, hold_out
-from bdlib.masks import Masks, masked
+from bdlib.masks import Masks, prune, require_batch_norm, scales
 from bdlib.randomness import seeded
-from bdlib.train import Batches, Watch, accuracy, evaluating, predict, require_finite
+from bdlib.selection import strictest
+from bdlib.train import Batches, Watch, evaluating, predict, require_finite
 
 LEVELS = ("neuron", "filter")
 
@@ -139,7 +140,7 @@ def unlearn(
     handed on.
     Raises RuntimeError with the accuracy reached if `max_unlearn_epochs` do not suffice.
     """
-    require_batch_norm(model)
+    require_batch_norm(model, "RNP")
     unlearned = copy.deepcopy(model).requires_grad_(True)
     device = next(unlearned.parameters()).device
     batches = Batches(clean, config.batch_size, device, generator=generator)
@@ -228,26 +229,15 @@ def recover(
     return {name: mask.detach() for name, mask in masks.items()}
 
 
-def prune(model: nn.Module, masks: Masks, threshold: float) -> nn.Module:
-    """A copy of the model in which every masked weight with m <= threshold is 0, in eval() (step 3).
-
-    A pruned channel keeps its batch-norm shift, as in the code: it answers with a constant.
-    """
-    return masked(model, {name: mask > threshold for name, mask in masks.items()})
-
-
 def choose_threshold(model: nn.Module, masks: Masks, held: Dataset, config: RnpConfig) -> float:
     """The largest threshold up to which the pruned model loses at most `max_drop` of accuracy on the held-out clean images.
 
     DIFFERS: the code prints test accuracy and attack success for every threshold and leaves the choice to the reader; a defender
     knows no attack success.
     """
-    least = accuracy(model, held) - config.max_drop
-    chosen = None
-    for threshold in sorted(config.thresholds):
-        if accuracy(prune(model, masks, threshold), held) < least - 1e-9:
-            break
-        chosen = threshold
+    chosen = strictest(
+        model, sorted(config.thresholds), lambda threshold: prune(model, masks, threshold), held, config.max_drop
+    )
     if chosen is None:
         raise RuntimeError(
             f"even the smallest threshold, {min(config.thresholds)}, costs more than {config.max_drop} of clean accuracy: raise "
@@ -271,21 +261,6 @@ def sample_scores(model: nn.Module, unlearned: nn.Module, dataset: Dataset) -> t
     return torch.cat(scores)
 
 
-def scales(model: nn.Module) -> Masks:
-    """The scale of every batch norm that has one, by parameter name."""
-    norms = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.BatchNorm2d)}
-    return {f"{name}.weight": layer.weight for name, layer in norms.items() if layer.weight is not None}
-
-
 def convolutions(model: nn.Module) -> Masks:
     """The weight of every convolution by parameter name."""
     return {f"{name}.weight": layer.weight for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
-
-
-def require_batch_norm(model: nn.Module) -> None:
-    """Raises ValueError if the model has no batch norm with scales."""
-    if not scales(model):
-        raise ValueError(
-            "RNP masks the scales of batch norm, but the model has no nn.BatchNorm2d layer with affine=True: "
-            "use a network with batch norm, such as preact_resnet18, resnet18 or wrn_16_1"
-        )
