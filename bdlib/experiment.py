@@ -322,9 +322,11 @@ def out_folder(out: str) -> Path:
 
 
 def stored_rows(name: str) -> pd.DataFrame:
-    """Rows that `make figures` measured: figures/NAME.csv; none, with a word on it, where that file is not there."""
+    """Rows that `make figures` or `make attacks` measured: figures/NAME.csv; none, with a word on it, where that file is not there."""
     path = project_root() / "figures" / f"{name}.csv"
     if not path.exists():
-        print(f"no stored rows: `make figures` writes figures/{name}.csv")
+        print(
+            f"no stored rows: `make {'attacks' if name.startswith('attacks') else 'figures'}` writes figures/{name}.csv"
+        )
         return results.load()
     return results.load(path)

@@ -17,7 +17,8 @@ from bdlib import figures, results
 def main(runs: Path, out: Path) -> None:
     """Write out/PAPER_rows.csv for every notebook with a results.csv below `runs`, and the figures drawn from these rows.
 
-    The gallery of attacks is drawn by its notebook, which holds the pictures: it is copied.
+    Of the primer, out/attacks_DATASET.csv for every dataset with rows of more than one attack.  The gallery of attacks is drawn by
+    its notebook, which holds the pictures: it is copied.
     """
     out.mkdir(parents=True, exist_ok=True)
     for drawn in sorted(runs.rglob("attacks.*")):
@@ -30,11 +31,21 @@ def main(runs: Path, out: Path) -> None:
     )
     for notebook, part in rows.groupby("notebook"):
         paper = notebook.partition("_")[2]
-        if paper not in FIGURES:  # the primer has no rows of its own
+        if notebook == "00_backdoors":
+            save_attacks(part, out)
             continue
         results.save(part, out / f"{paper}_rows.csv")
         for name, draw in FIGURES[paper].items():
             figures.save(draw(part), out / f"{paper}_{name}")
+
+
+def save_attacks(rows: pd.DataFrame, out: Path) -> None:
+    """Write out/attacks_DATASET.csv, .png and .svg for every dataset on which more than one attack was measured."""
+    for dataset, part in rows.groupby("dataset"):
+        if part["attack"].nunique() > 1:
+            name = "attacks_" + re.sub(r"[^\w.-]+", "-", str(dataset))
+            results.save(part, out / f"{name}.csv")
+            figures.save(planted_figure(part), out / name)
 
 
 def draw_batch(rows: pd.DataFrame, out: Path) -> None:
@@ -88,6 +99,20 @@ def attacks_figure(rows: pd.DataFrame) -> plt.Figure:
     methods = [figures.method_name(defense, "default") for defense in chosen["defense"]]
     chosen = chosen.assign(method=chosen["attack"] + ", " + methods)
     return lines_figure(chosen, "method", f", poison rate {chosen['poison_rate'].iloc[0]:.0%}")
+
+
+def planted_figure(rows: pd.DataFrame) -> plt.Figure:
+    """ACC and ASR of the network that each attack leaves behind, the strongest on top; a rate that is not the usual one is shown."""
+    planted = rows[rows["defense"] == "none"]
+    if planted.empty:
+        return empty_figure()
+    usual = planted["poison_rate"].mode()[0]
+    rates = ["" if rate == usual else f" ({rate:.0%})" for rate in planted["poison_rate"]]
+    planted = planted.assign(attack=planted["attack"] + rates).sort_values("asr", ascending=False, kind="stable")
+    title = setting_title(planted.assign(attack=f"{planted['attack'].nunique()} attacks"))
+    figure = lines_figure(planted, "attack")
+    figure.axes[0].set_title(f"{title} · poison rate {usual:.0%}", fontsize=9)
+    return figure
 
 
 def pruning_figure(rows: pd.DataFrame) -> plt.Figure:

@@ -95,6 +95,36 @@ def test_report_leaves_the_primers_rows_out(tmp_path):
     assert list((tmp_path / "out").iterdir()) == []
 
 
+def test_report_keeps_the_rows_of_all_attacks_by_dataset(tmp_path):
+    rows = [
+        row(notebook="00_backdoors", dataset=dataset, attack=attack, defense=defense, variant="default", poison_rate=rate)
+        for dataset, attack, rate in (
+            ("cifar10", "badnets", 0.1), ("cifar10", "blended", 0.1), ("cifar10", "sig", 0.05), ("signs", "blended", 0.1),
+        )
+        for defense in ("none", "fine_tuning")
+    ]  # fmt: skip
+    results.save(results.table(rows), tmp_path / "runs" / "results.csv")
+    report.main(tmp_path / "runs", tmp_path / "out")
+    names = [f"attacks_cifar10.{suffix}" for suffix in ("csv", "png", "svg")]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert len(results.load(tmp_path / "out" / "attacks_cifar10.csv")) == 6
+
+
+def test_planted_attacks_stand_by_strength_with_an_unusual_rate():
+    rows = [
+        row(attack=attack, defense=defense, asr=asr, poison_rate=rate)
+        for attack, asr, rate in (("badnets", 0.8, 0.1), ("sig", 0.9, 0.05), ("wanet", 0.1, 0.1))
+        for defense in ("none", "fine_tuning")
+    ]
+    figure = report.planted_figure(results.table(rows))
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["sig (5%)", "badnets", "wanet"]
+    assert "3 attacks" in figure.axes[0].get_title() and figure.axes[0].get_title().endswith("poison rate 10%")
+    plt.close(figure)
+    empty = report.planted_figure(results.load())
+    assert "make figures" in empty.axes[0].texts[0].get_text()
+    plt.close(empty)
+
+
 def test_the_title_counts_the_seeds_of_every_line(rows):
     assert report.setting_title(rows).endswith("· 3 seeds")
     fewer = results.table(row(variant="tau=10", budget=200, seed=s) for s in range(2))

@@ -1,7 +1,11 @@
 """What every defense of the catalog keeps: the contract, and errors where it cannot work."""
 
 import copy
+import re
+import sys
+import types
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -167,3 +171,25 @@ def test_recipes_fit_any_budget(name, trained, tiny):
     for count in (3, 36):
         config = catalog.METHODS[name].config(held(trained, tiny.subset(torch.arange(count))))
         assert type(config) is type(SMALL[name])
+
+
+def test_the_example_of_a_new_defense_keeps_the_contract(trained, tiny, untouched, monkeypatch):
+    """CONTRIBUTING.md: its file of about twenty lines and its one line make a method of the catalog."""
+    text = (Path(__file__).parents[1] / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    file, line = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    example = types.ModuleType("recalibration")
+    monkeypatch.setitem(sys.modules, "recalibration", example)  # where dataclass looks its annotations up
+    exec(file, example.__dict__)
+    known = vars(catalog) | vars(example)
+    methods = eval("{" + line + "}", known)
+    monkeypatch.setitem(catalog.METHODS, "recalibration", methods["recalibration"])
+    monkeypatch.setitem(SMALL, "recalibration", example.RecalibrationConfig(batch_size=36))
+    before = state(trained)
+    result = defended("recalibration", trained, tiny)
+    assert same(before, state(trained)) and trained.training and not result.training
+    with torch.no_grad():
+        seen = result[0](tiny.floats())
+    assert torch.allclose(result[1].running_mean, seen.mean((0, 2, 3)), atol=1e-5)
+    assert not torch.allclose(trained[1].running_mean, result[1].running_mean, atol=1e-3)
+    test_no_images_is_an_error("recalibration", trained, tiny)
+    test_recipes_fit_any_budget("recalibration", trained, tiny)
