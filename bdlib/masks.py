@@ -39,6 +39,11 @@ def scales(model: nn.Module) -> Masks:
     return {f"{name}.weight": layer.weight for name, layer in norms(model).items()}
 
 
+def convolutions(model: nn.Module) -> Masks:
+    """The weight of every convolution by parameter name."""
+    return {f"{name}.weight": layer.weight for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
+
+
 def require_batch_norm(model: nn.Module, method: str) -> None:
     """Raises ValueError, with the method's name, if the model has no batch norm with scales."""
     if not norms(model):

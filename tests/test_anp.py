@@ -122,6 +122,31 @@ def test_thresholds_are_tried_from_mild_to_strict_on_held_out_images(scaled, tin
     assert len(asked["held"]) == 6 and len(both.flatten(1).unique(dim=0)) == 36
 
 
+def test_weight_masks_lie_on_convolutions_and_so_does_the_noise(scaled, tiny, batch, generator):
+    config = AnpConfig(steps=3, batch_size=12, level="weight", mask_lr=5.0)
+    masks = anp.learn_masks(scaled, tiny, config, generator=generator)
+    assert {name: mask.shape for name, mask in masks.items()} == {
+        "0.weight": scaled[0].weight.shape, "4.weight": scaled[4].weight.shape,
+    }  # fmt: skip
+    assert masks["0.weight"].min() < 1 and all(0 <= mask.min() and mask.max() <= 1 for mask in masks.values())
+    noise = anp.worst_noise(scaled, masks, batch, config, generator=generator)
+    assert noise.keys() == masks.keys()
+
+
+def test_soft_masks_are_the_result(scaled, tiny, generator, monkeypatch):
+    masks = {"1.weight": torch.tensor([0.05, 0.3, 0.5, 1.0])}
+    monkeypatch.setattr(anp, "learn_masks", lambda *rest, **named: masks)
+    result = anp.run(scaled, tiny, AnpConfig(soft=True), generator=generator)
+    assert torch.equal(result.model[1].weight, scaled[1].weight * masks["1.weight"]) and result.threshold is None
+
+
+def test_the_way_to_awm_changes_one_thing_at_a_time():
+    ladder = anp.toward_awm(AnpConfig(steps=7))
+    assert [(c.level, c.soft, c.steps) for c in ladder.values()] == [
+        ("neuron", False, 7), ("weight", False, 7), ("weight", True, 7),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -130,6 +155,7 @@ def test_thresholds_are_tried_from_mild_to_strict_on_held_out_images(scaled, tin
         ({"alpha": 1.1}, r"alpha must be in \[0, 1\], got 1.1"),
         ({"held_out": 1.0}, r"held_out must be in \[0, 1\)"),
         ({"thresholds": ()}, "thresholds must be values"),
+        ({"level": "layer"}, "level must be one of neuron, weight, got 'layer'"),
     ],
 )
 def test_bad_settings(change, message):

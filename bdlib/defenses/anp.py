@@ -11,7 +11,7 @@ command line; BackdoorBench the one with the least attack success on the test im
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -21,10 +21,12 @@ from torch.func import functional_call
 from bdlib.data import Dataset, hold_out
 from bdlib.defenses.fine_pruning import tune
 from bdlib.defenses.ft_sam import FtSamConfig
-from bdlib.masks import Masks, norms, prune, require_batch_norm
+from bdlib.masks import Masks, convolutions, masked, norms, prune, require_batch_norm, scales
 from bdlib.randomness import seeded
 from bdlib.selection import strictest
 from bdlib.train import Batches, Watch, require_finite
+
+LEVELS = ("neuron", "weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,9 @@ class AnpConfig:
     held_out: float = 0.2  # share of the clean images kept for choosing the threshold [o]
     max_drop: float = 0.05  # clean accuracy that the chosen threshold may cost, as a fraction [o]
     thresholds: tuple[float, ...] = tuple(step / 20 for step in range(19))  # 0 to .9 in steps of .05 [c]
+    # What is masked and made noisy: "neuron": batch-norm scales, noise on shifts too [c]; "weight": every convolution weight, as AWM
+    level: str = "neuron"
+    soft: bool = False  # the masks themselves are the result, as with AWM; no threshold
     tuning: FtSamConfig | None = None  # FT-SAM after pruning (arXiv:2304.11823, Table 4); None = none [c]
 
     def __post_init__(self) -> None:
@@ -54,13 +59,18 @@ class AnpConfig:
         for name in ("held_out", "max_drop"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
+        if self.level not in LEVELS:
+            raise ValueError(f"level must be one of {', '.join(LEVELS)}, got {self.level!r}")
         if not self.thresholds or not all(0 <= value <= 1 for value in self.thresholds):
             raise ValueError(f"thresholds must be values in [0, 1], at least one, got {self.thresholds}")
 
 
 @dataclass(frozen=True)
 class AnpResult:
-    """The pruned model in eval(), the masks by parameter name, and the threshold; None where even the smallest cost too much."""
+    """The pruned model in eval(), the masks by parameter name, and the threshold.
+
+    The threshold is None where even the smallest cost too much, and for soft masks.
+    """
 
     model: nn.Module
     masks: Masks
@@ -82,9 +92,12 @@ def run(
     model: nn.Module, clean: Dataset, config: AnpConfig, *, generator: torch.Generator, watch: Watch = iter
 ) -> AnpResult:
     """As `anp`, with the masks and the chosen threshold beside the model."""
-    require_batch_norm(model, "ANP")
+    if config.level == "neuron":
+        require_batch_norm(model, "ANP")
     fitted, held = hold_out(clean, config.held_out, generator=generator)
     masks = learn_masks(model, fitted, config, generator=generator, watch=watch)
+    if config.soft:
+        return AnpResult(masked(model, masks), masks, None)
     threshold = strictest(
         model, sorted(config.thresholds), lambda value: prune(model, masks, value), held, config.max_drop
     )
@@ -102,6 +115,15 @@ def recipe(count: int) -> AnpConfig:
     return AnpConfig() if count >= 500 else AnpConfig(steps=400, batch_size=32)
 
 
+def toward_awm(config: AnpConfig) -> dict[str, AnpConfig]:
+    """The first steps of the way from ANP to AWM (arXiv:2207.04497, Table 4): weights instead of neurons, then soft masks.
+
+    The next two, a recovered trigger instead of noise and the L1 norm, are settings of AWM: gamma = 0, and its default.
+    """
+    weights = replace(config, level="weight")
+    return {"ANP": config, "weight masks": weights, "soft masks": replace(weights, soft=True)}
+
+
 def learn_masks(
     model: nn.Module, clean: Dataset, config: AnpConfig, *, generator: torch.Generator, watch: Watch = iter
 ) -> Masks:
@@ -109,8 +131,8 @@ def learn_masks(
     frozen = copy.deepcopy(model).requires_grad_(False)
     device = next(frozen.parameters()).device
     batches = Batches(clean, config.batch_size, device, generator=generator)
-    masks = {f"{name}.weight": torch.ones_like(norm.weight) for name, norm in norms(frozen).items()}
-    masks = {name: mask.requires_grad_(True) for name, mask in masks.items()}
+    parts = scales(frozen) if config.level == "neuron" else convolutions(frozen)
+    masks = {name: torch.ones_like(part).requires_grad_(True) for name, part in parts.items()}
     optimizer = torch.optim.SGD(masks.values(), lr=config.mask_lr, momentum=config.momentum)
     frozen.train()  # batch statistics, as in the code; the copy's running ones move, and are thrown away with it
     total = torch.zeros((), device=device)
@@ -146,7 +168,9 @@ def worst_noise(
     """Noise in [-epsilon, epsilon] on every scale and shift, by parameter name, that makes the loss large (step 3)."""
     images, labels = batch
     with torch.no_grad():
-        noise = {name: drawn(weight, config.epsilon, generator) for name, weight in noisy_parts(model).items()}
+        noise = {
+            name: drawn(weight, config.epsilon, generator) for name, weight in noisy_parts(model, config.level).items()
+        }
     for _ in range(config.noise_steps):
         noise = {name: part.detach().requires_grad_(True) for name, part in noise.items()}
         loss = F.cross_entropy(functional_call(model, changed(model, masks, noise), (images,)), labels)
@@ -178,10 +202,11 @@ def changed(model: nn.Module, masks: Masks, noise: Masks | None = None) -> Masks
     return {name: factor * model.get_parameter(name) for name, factor in factors.items()}
 
 
-def noisy_parts(model: nn.Module) -> Masks:
-    """Every scale and shift of batch norm by parameter name."""
-    found = norms(model).items()
-    return {f"{name}.{part}": getattr(norm, part) for name, norm in found for part in ("weight", "bias")}
+def noisy_parts(model: nn.Module, level: str) -> Masks:
+    """What noise is put on, by parameter name: every scale and shift of batch norm, or every convolution weight."""
+    if level == "weight":
+        return convolutions(model)
+    return {f"{name}.{part}": getattr(norm, part) for name, norm in norms(model).items() for part in ("weight", "bias")}
 
 
 def drawn(like: torch.Tensor, epsilon: float, generator: torch.Generator) -> torch.Tensor:

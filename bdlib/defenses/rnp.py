@@ -22,7 +22,7 @@ from torch.func import functional_call
 from torch.optim.swa_utils import update_bn
 
 from bdlib.data import Dataset, hold_out
-from bdlib.masks import Masks, prune, require_batch_norm, scales
+from bdlib.masks import Masks, convolutions, prune, require_batch_norm, scales
 from bdlib.randomness import seeded
 from bdlib.selection import strictest
 from bdlib.train import Batches, Watch, evaluating, predict, require_finite
@@ -259,8 +259,3 @@ def sample_scores(model: nn.Module, unlearned: nn.Module, dataset: Dataset) -> t
     with evaluating(model), evaluating(unlearned):
         scores = [-F.cross_entropy(unlearned(x), model(x).argmax(1), reduction="none") for x in images.split(500)]
     return torch.cat(scores)
-
-
-def convolutions(model: nn.Module) -> Masks:
-    """The weight of every convolution by parameter name."""
-    return {f"{name}.weight": layer.weight for name, layer in model.named_modules() if isinstance(layer, nn.Conv2d)}
