@@ -27,6 +27,7 @@ PAPERS = {
     "03_rnp": "arXiv:2305.14876",
     "04_cbd": "arXiv:2303.06818",
     "05_ft_sam": "arXiv:2304.11823",
+    "06_all_five": "-",
 }
 # Notebooks whose budget is training images, 0 = all: a defense that trains on the poisoned set and holds no clean images.
 BUDGET_IS_TRAINING_SET = ("04_cbd",)
@@ -127,19 +128,25 @@ class Lab:
 
         budget: images used; measures: further numbers of this notebook, by name.
         """
-        setting, after = self.setting, self.measure(model)
-        described = json.dumps(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else {}, sort_keys=True)
-        return {
-            "paper": PAPERS[setting.notebook], "notebook": setting.notebook, "profile": setting.profile, "dataset": setting.dataset,
-            "dataset_sha256": self.train.sha256()[:12], "arch": setting.arch, "attack": setting.attack,
-            "poison_rate": setting.poison_rate, "target_label": setting.target_label, "budget": budget, "seed": setting.seed,
-            "defense": defense, "variant": variant,
+        after = self.measure(model)
+        return self.identity(config) | {
+            "budget": budget, "defense": defense, "variant": variant,
             **{f"{name}_before": self.before[name] for name in ("acc", "asr", "ra")},
             **after, "der": metrics.der(self.before, after),
             "measures": json.dumps({name: round(float(value), 4) for name, value in (measures or {}).items()}),
             "seconds": round(seconds, 2), "peak_memory_mb": peak_memory_mb(self.device), "device": describe_device(self.device),
-            "torch": torch.__version__, "bdlib": bdlib.__version__, "config": described,
-            "config_sha256": hashlib.sha256(described.encode()).hexdigest()[:12],
+            "torch": torch.__version__, "bdlib": bdlib.__version__,
+        }  # fmt: skip
+
+    def identity(self, config: object) -> dict[str, object]:
+        """The columns of a row that say which run it is, but for budget, defense and variant."""
+        setting = self.setting
+        described = json.dumps(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else {}, sort_keys=True)
+        return {
+            "paper": PAPERS[setting.notebook], "notebook": setting.notebook, "profile": setting.profile, "dataset": setting.dataset,
+            "dataset_sha256": self.train.sha256()[:12], "arch": setting.arch, "attack": setting.attack,
+            "poison_rate": setting.poison_rate, "target_label": setting.target_label, "seed": setting.seed,
+            "config": described, "config_sha256": hashlib.sha256(described.encode()).hexdigest()[:12],
         }  # fmt: skip
 
 

@@ -152,6 +152,20 @@ def acc_and_asr(rows: pd.DataFrame, label: str, ax: Axes) -> Axes:
     return ax
 
 
+def heatmap(table: pd.DataFrame, ax: Axes, title: str, *, good_is_high: bool) -> Axes:
+    """Percent in each cell of a table of fractions (rows: methods, columns: attacks); darker is worse, empty where it is not known."""
+    percent = 100 * table
+    sns.heatmap(
+        percent, ax=ax, annot=True, fmt=".0f", vmin=0, vmax=100, cbar=False, linewidths=0.5, annot_kws={"fontsize": 8},
+        cmap="rocket" if good_is_high else "rocket_r",
+    )  # fmt: skip
+    ax.set(xlabel="", ylabel="")
+    ax.set_title(f"{title} (%)", fontsize=10)
+    ax.tick_params(axis="x", rotation=0, labelsize=8)
+    ax.tick_params(axis="y", rotation=0, labelsize=8)
+    return ax
+
+
 def cam_grid(images: dict[str, torch.Tensor], maps: dict[str, dict[str, torch.Tensor]]) -> Figure:
     """Grad-CAM maps over images: a row for each key of `images` (name -> (N, C, H, W)), a block of N columns for each key of `maps`.
 

@@ -154,6 +154,48 @@ def paper_vs_ours(rows: pd.DataFrame, defense: str, attack: str) -> pd.DataFrame
     return pd.DataFrame(lines)
 
 
+def ledger(rows: pd.DataFrame, near: tuple[float, float] = (5.0, 3.0)) -> pd.DataFrame:
+    """Every printed number of a defense that is in the rows beside ours: difference, what differs in the protocol, verdict.
+
+    near: points within which ASR, and the drop of ACC, count as equal (ours).  ACC is compared by its drop, because the networks
+    differ.  verdict: "reproduced" if both are near, "partly" if one is, "not" if none is; "not available" where either side lacks a
+    number.  Our attacks and datasets have the same names as the printed rows'.
+    """
+    ours = over_seeds(rows, [*SHOWN, "acc_before"])
+    keys = ["defense", "dataset", "attack"]
+    known = published()
+    known = known[known["defense"].isin(ours["defense"])]
+    both = known.merge(ours, on=keys, how="left", suffixes=("_printed", ""))
+    drop_printed, drop = both["acc_before_printed"] - both["acc_printed"], 100 * (both["acc_before"] - both["acc"])
+    found = pd.DataFrame(
+        {
+            **{name: both[name] for name in keys},
+            "ASR, printed": both["asr_printed"],
+            "ASR, ours": 100 * both["asr"],
+            "ACC drop, printed": drop_printed,
+            "ACC drop, ours": drop,
+            "ASR difference": 100 * both["asr"] - both["asr_printed"],
+            "seeds": both["seeds"],
+            "protocol, printed": _joined(both, ["arch_printed", "clean_budget", "asr_convention", "note"]),
+            "protocol, ours": _joined(both, ["arch", "budget", "profile", "variant"]),
+            "source": both["source"],
+        }
+    )
+    equal = pd.DataFrame(
+        {"asr": found["ASR difference"].abs() <= near[0], "acc": (drop - drop_printed).abs() <= near[1]}
+    )
+    missing = found["ASR difference"].isna() | drop.isna() | drop_printed.isna()
+    verdict = equal.sum(axis=1).map({0: "not", 1: "partly", 2: "reproduced"}).mask(missing, "not available")
+    return found.round(1).assign(verdict=verdict)
+
+
+def _joined(rows: pd.DataFrame, names: list[str]) -> pd.Series:
+    """The texts of these columns, those that are there, with semicolons between them."""
+    texts = [rows[name].map("{:.0f}".format if name == "budget" else str, na_action="ignore") for name in names]
+    lines = zip(*texts, strict=True)
+    return pd.Series(["; ".join(part for part in line if pd.notna(part)) for line in lines], rows.index, dtype=str)
+
+
 def _mean_sd(mean: float, deviation: float) -> str:
     """In percent; the deviation is left out where there is one seed."""
     return f"{100 * mean:.1f}" if pd.isna(deviation) else f"{100 * mean:.1f} ± {100 * deviation:.1f}"

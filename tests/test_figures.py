@@ -274,3 +274,17 @@ def test_the_gallery_has_a_row_for_each_attack_with_its_facts():
         and "generator" in words[3]
     )
     plt.close(figure)
+
+
+def test_a_heatmap_says_percent_and_leaves_unknown_cells_empty(ax):
+    table = pd.DataFrame({"badnets": [0.05, 0.5], "sig": [0.995, None]}, index=["AWM", "FT"])
+    assert figures.heatmap(table, ax, "ASR", good_is_high=False) is ax
+    assert [text.get_text() for text in ax.texts] == ["5", "100", "50"] and ax.get_title() == "ASR (%)"
+    cells = ax.collections[0].get_facecolors()[:, :3].sum(1)
+    assert cells[1] < cells[2] < cells[0]  # the more success, the darker
+
+
+def test_a_heatmap_of_accuracy_is_dark_where_it_is_low(ax):
+    figures.heatmap(pd.DataFrame({"badnets": [0.1, 0.9]}, index=["AWM", "FT"]), ax, "ACC", good_is_high=True)
+    low, high = ax.collections[0].get_facecolors()[:, :3].sum(1)
+    assert low < high

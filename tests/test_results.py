@@ -97,3 +97,36 @@ def test_where_nothing_is_printed_it_says_so():
 def test_percent_touches_fractions_alone():
     shown = results.percent(results.table([row(acc=0.12345, asr_before=0.5, seconds=0.5)]))
     assert (shown["acc"].iloc[0], shown["asr_before"].iloc[0], shown["seconds"].iloc[0]) == (12.3, 50, 0.5)
+
+
+PRINTED = {
+    "defense": "awm", "dataset": "cifar10", "attack": "blended", "arch": "resnet18", "clean_budget": "500 images",
+    "acc_before": 94.0, "acc": 91.0, "asr": 5.0, "asr_convention": None, "note": "one seed", "source": "Table 1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("acc", "asr", "verdict"),
+    [(0.66, 0.08, "reproduced"), (0.60, 0.08, "partly"), (0.66, 0.50, "partly"), (0.60, 0.50, "not")],
+)
+def test_the_ledger_judges_by_asr_and_by_the_drop_of_acc(monkeypatch, acc, asr, verdict):
+    printed = pd.DataFrame([PRINTED, PRINTED | {"attack": "wanet"}, PRINTED | {"defense": "nad"}])
+    monkeypatch.setattr(results, "published", lambda: printed)
+    ours = results.table(row(dataset="cifar10", acc_before=0.7, acc=acc, asr=asr, budget=500, seed=s) for s in range(3))
+    found = results.ledger(ours)
+    assert found["verdict"].tolist() == [verdict, "not available"]  # a defense that nobody ran is left out
+    first = found.iloc[0]
+    assert (first["ASR, printed"], first["ACC drop, printed"], first["seeds"]) == (5.0, 3.0, 3)
+    assert first["ASR difference"] == pytest.approx(100 * asr - 5) and first["ACC drop, ours"] == pytest.approx(
+        70 - 100 * acc
+    )
+    assert (
+        first["protocol, printed"] == "resnet18; 500 images; one seed"
+        and first["protocol, ours"] == "a; 500; quick; soft"
+    )
+
+
+def test_the_ledger_needs_both_accuracies(monkeypatch):
+    monkeypatch.setattr(results, "published", lambda: pd.DataFrame([PRINTED | {"acc_before": None}]))
+    found = results.ledger(results.table([row(dataset="cifar10", acc_before=0.7, acc=0.7, asr=0.05)]))
+    assert found["verdict"].tolist() == ["not available"] and found["ASR difference"].tolist() == [0.0]

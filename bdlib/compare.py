@@ -1,0 +1,105 @@
+"""All methods under one protocol: the same network, clean images and seed for each; rows are read where they are stored."""
+
+import dataclasses
+from collections.abc import Sequence
+
+import pandas as pd
+import torch
+
+from bdlib import experiment, results
+from bdlib.defenses import catalog, clp, nc, rnp
+from bdlib.experiment import Lab
+from bdlib.poison import Poisoned
+from bdlib.train import Watch
+
+CONTROL = "no attack"  # variant of a row whose network was trained without the attack: what a defense costs where it is not needed
+# A stored row stands for a run with the same values in these columns.
+KEY = [
+    "profile", "dataset", "dataset_sha256", "arch", "attack", "poison_rate", "target_label", "budget", "seed", "defense", "variant",
+    "config_sha256",
+]  # fmt: skip
+
+
+def held(lab: Lab) -> catalog.Held:
+    """What a defender may hold of the lab."""
+    return catalog.Held(model=lab.model, clean=lab.clean, train_set=lab.poisoned.train, make_model=lab.fresh_model)
+
+
+def control(lab: Lab) -> Lab:
+    """The same lab around the network that was trained without the attack, and its training split without poison."""
+    model = lab.vanilla_model()
+    nobody = torch.zeros(0, dtype=torch.long)
+    return dataclasses.replace(
+        lab, model=model, before=lab.measure(model), poisoned=Poisoned(lab.train, nobody, nobody)
+    )
+
+
+def rows(
+    lab: Lab,
+    names: Sequence[str],
+    stored: pd.DataFrame,
+    *,
+    variant: str = "default",
+    watch: Watch = experiment.progress,
+) -> list[dict[str, object]]:
+    """A row for each method, first the undefended network's: read from the stored rows, or measured now.
+
+    Raises ValueError for a name that is no method.
+    """
+    unknown = [name for name in names if name not in catalog.METHODS]
+    if unknown:
+        raise ValueError(f"methods must be out of {', '.join(catalog.METHODS)}, got {', '.join(unknown)}")
+    undefended = lab.row("none", variant, lab.model, budget=len(lab.clean), seconds=0.0, config=None)
+    return [undefended, *(method_row(lab, name, stored, variant, watch) for name in names)]
+
+
+def method_row(lab: Lab, name: str, stored: pd.DataFrame, variant: str, watch: Watch) -> dict[str, object]:
+    """The method's row.  A method that says it cannot work here leaves the network as it is, and `failed` = 1 in `measures`."""
+    method, source = catalog.METHODS[name], held(lab)
+    config = method.config(source)
+    budget = len(source.train_set) if method.needs == "training set" else len(source.clean)
+    measured, failed = lab.model, None
+    known = same_run(stored, lab, {"defense": name, "variant": variant, "budget": budget}, config)
+    if known is not None:
+        return known
+    with experiment.stopwatch() as seconds:
+        try:
+            measured = method.run(source, generator=lab.setting.generator(name), watch=watch)
+        except RuntimeError as error:
+            print(f"{name}: {error}")
+            failed = {"failed": 1.0}
+    return lab.row(name, variant, measured, budget=budget, seconds=seconds[0], config=config, measures=failed)
+
+
+def same_run(stored: pd.DataFrame, lab: Lab, chosen: dict[str, object], config: object) -> dict[str, object] | None:
+    """The stored row of this very run, if there is one."""
+    wanted = lab.identity(config) | chosen
+    fits = stored
+    for name in KEY:
+        fits = fits[fits[name] == wanted[name]]
+    return None if fits.empty else fits.iloc[0][results.COLUMNS].to_dict()
+
+
+def detection(lab: Lab, *, watch: Watch = experiment.progress) -> dict[str, float]:
+    """What three methods say of the lab's network before they change it, for `measures`.
+
+    nc: largest anomaly index of Neural Cleanse; rnp: largest share of clean images that the unlearned network calls one class (1/C at
+    random); clp: how many deviations the largest Lipschitz bound lies above its layer's mean.  Each is higher for a suspect network.
+    nc_right, rnp_right: 1 where the class that the method names is the attacker's.
+    """
+    source, target_label = held(lab), lab.setting.target_label
+    inverted = nc.run(
+        lab.model, lab.clean, nc.recipe(source.budget), generator=lab.setting.generator("nc"), watch=watch
+    )
+    unlearned = rnp.unlearn(
+        lab.model, lab.clean, rnp.recipe(lab.model, source.budget), generator=lab.setting.generator("rnp"), watch=watch
+    )
+    label, shares = rnp.suspected_label(unlearned, lab.clean)
+    bounds = clp.channel_bounds(lab.model, lab.clean.floats()[:1]).values()
+    return {
+        "nc": inverted.indices.max().item(),
+        "nc_right": float(inverted.indices.argmax() == target_label),
+        "rnp": shares.max().item(),
+        "rnp_right": float(label == target_label),
+        "clp": max(((bound - bound.mean()) / bound.std()).max().item() for bound in bounds),
+    }

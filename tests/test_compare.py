@@ -1,0 +1,124 @@
+"""All methods under one protocol: what each is given, which rows are read, what a failure leaves, the control."""
+
+from dataclasses import replace
+
+import pandas as pd
+import pytest
+import torch
+
+from bdlib import compare, data, experiment, profiles, results
+from bdlib.defenses import catalog
+from bdlib.train import TrainConfig
+from tests.conftest import same, state
+from tests.test_experiment import VALUES
+
+
+@pytest.fixture
+def lab(monkeypatch, tmp_path):
+    """A lab on 200 drawn images and one epoch."""
+    train, test = data.load("signs")
+    monkeypatch.setattr(data, "load", lambda name, root: (train.subset(slice(200)), test.subset(slice(100))))
+    monkeypatch.setattr(profiles, "training", lambda profile, dataset: TrainConfig(epochs=1, batch_size=50, lr=0.1))
+    monkeypatch.setenv("BDLIB_HOME", str(tmp_path))
+    return experiment.prepare(experiment.Setting(**VALUES), "cpu")
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Two methods that change nothing but say that they ran, one for each kind of defender, and one that gives up."""
+    ran = []
+
+    def method(name, needs):
+        def call(held, config, generator, watch):
+            ran.append((name, held, config, torch.rand((), generator=generator).item()))
+            if name == "hopeless":
+                raise RuntimeError("no threshold is small enough")
+            return held.model
+
+        return catalog.Method(needs, lambda held: TrainConfig(epochs=7), call)
+
+    kinds = {"after": "clean images", "during": "training set", "hopeless": "clean images"}
+    monkeypatch.setattr(catalog, "METHODS", {name: method(name, needs) for name, needs in kinds.items()})
+    return ran
+
+
+def test_each_method_gets_what_it_may_hold(lab, counted):
+    rows = compare.rows(lab, ["after", "during"], results.load())
+    assert [(row["defense"], row["budget"]) for row in rows] == [("none", 20), ("after", 20), ("during", 200)]
+    _, held, _, drawn = counted[0]
+    assert held.model is lab.model and held.clean is lab.clean and held.train_set is lab.poisoned.train
+    assert (
+        '"epochs": 7' in rows[1]["config"] and drawn == torch.rand((), generator=lab.setting.generator("after")).item()
+    )
+    assert results.table(rows).shape == (3, len(results.COLUMNS))
+
+
+def test_stored_rows_are_read_and_others_are_measured(lab, counted):
+    first = results.table(compare.rows(lab, ["after", "during"], results.load()))
+    first.loc[first["defense"] == "after", "asr"] = 0.123
+    again = compare.rows(lab, ["after", "during"], first[first["defense"] != "during"])
+    assert [name for name, *_ in counted] == ["after", "during", "during"]
+    assert again[1]["asr"] == 0.123 and results.table(again).shape == first.shape
+
+
+@pytest.mark.parametrize("name", [name for name in compare.KEY if name not in ("defense",)])
+def test_a_row_of_another_setting_is_not_read(lab, counted, name):
+    stored = results.table(compare.rows(lab, ["after"], results.load()))
+    other = 99 if isinstance(stored[name].iloc[0], (int, float)) else "other"
+    stored[name] = other
+    compare.rows(lab, ["after"], stored)
+    assert len(counted) == 2
+
+
+def test_rows_survive_a_file(lab, counted, tmp_path):
+    """What was saved and loaded again is found: no type changes on the way."""
+    results.save(results.table(compare.rows(lab, ["after"], results.load())), tmp_path / "rows.csv")
+    compare.rows(lab, ["after"], results.load(tmp_path / "rows.csv"))
+    assert len(counted) == 1
+
+
+def test_a_method_that_gives_up_leaves_the_network(lab, counted, capsys):
+    row = compare.rows(lab, ["hopeless"], results.load())[1]
+    assert row["measures"] == '{"failed": 1.0}' and row["der"] == 0.5 and row["acc"] == row["acc_before"]
+    assert "hopeless: no threshold is small enough" in capsys.readouterr().out
+
+
+def test_an_unknown_method_is_refused_before_any_runs(lab, counted):
+    with pytest.raises(ValueError, match="methods must be out of after, during, hopeless, got before"):
+        compare.rows(lab, ["after", "before"], results.load())
+    assert not counted
+
+
+def test_the_control_is_the_network_without_the_attack(lab, counted):
+    control = compare.control(lab)
+    assert same(state(control.model), state(lab.vanilla_model())) and not same(state(control.model), state(lab.model))
+    assert torch.equal(control.poisoned.train.images, lab.train.images)
+    row = compare.rows(control, ["during"], results.load(), variant=compare.CONTROL)[1]
+    assert row["variant"] == "no attack" and row["acc_before"] == pytest.approx(control.before["acc"])
+    assert counted[0][1].train_set is lab.train
+
+
+def test_detection_reads_the_three_methods(lab, monkeypatch):
+    size = {label: 20.0 + label for label in range(10)} | {0: 1.0}
+    found = compare.nc.NcResult(lab.model, (), compare.nc.anomaly_indices(torch.tensor(list(size.values()))), (0,))
+    monkeypatch.setattr(compare.nc, "run", lambda *rest, **named: found)
+    monkeypatch.setattr(compare.rnp, "unlearn", lambda *rest, **named: lab.model)
+    shares = torch.zeros(10)
+    shares[3] = 0.7
+    monkeypatch.setattr(compare.rnp, "suspected_label", lambda *rest: (3, shares))
+    monkeypatch.setattr(compare.clp, "channel_bounds", lambda *rest: {"a": torch.tensor([1.0, 1.0, 1.0, 5.0])})
+    seen = compare.detection(lab)
+    assert seen["nc"] == pytest.approx(found.indices.max().item()) and seen["nc"] > 2
+    assert (seen["nc_right"], seen["rnp_right"], seen["rnp"]) == (1.0, 0.0, pytest.approx(0.7))
+    assert seen["clp"] == pytest.approx(1.5)  # (5 - 2) / 2
+    elsewhere = replace(lab, setting=replace(lab.setting, target_label=3))
+    assert compare.detection(elsewhere)["rnp_right"] == 1.0
+
+
+def test_stored_rows_may_be_none_at_all(lab):
+    assert (
+        compare.same_run(
+            pd.DataFrame(columns=results.COLUMNS), lab, {"defense": "x", "variant": "y", "budget": 1}, None
+        )
+        is None
+    )
