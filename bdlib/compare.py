@@ -62,6 +62,7 @@ def method_row(lab: Lab, name: str, stored: pd.DataFrame, variant: str, watch: W
     known = same_run(stored, lab, {"defense": name, "variant": variant, "budget": budget}, config)
     if known is not None:
         return known
+    experiment.forget_peak_memory(lab.device)
     with experiment.stopwatch() as seconds:
         try:
             measured = method.run(source, generator=lab.setting.generator(name), watch=watch)

@@ -4,10 +4,11 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pandas as pd
@@ -294,12 +295,23 @@ def stopwatch() -> Iterator[list[float]]:
 
 
 def peak_memory_mb(device: torch.device) -> int:
-    """Most memory used so far: allocated on a GPU, resident size of the whole process on a CPU."""
+    """Most memory used since `forget_peak_memory`: allocated on a GPU, resident size of the whole process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) >> 20
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux: the peak that can be forgotten
+        return int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text()).group(1)) >> 10
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> (20 if sys.platform == "darwin" else 10)
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """Start the measurement of `peak_memory_mb` anew.  On a CPU on Linux alone; elsewhere the peak is the process's whole life's."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def describe_device(device: torch.device) -> str:

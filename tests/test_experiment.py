@@ -1,6 +1,7 @@
 """One run: checked parameters, separate random sources, a model trained once and the same twice, rows by the contract."""
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -74,6 +75,17 @@ def test_a_row_has_the_contracts_columns(small):
         and row["seconds"] == 1.23
         and '"epochs": 3' in row["config"]
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="the peak can be forgotten on Linux alone")
+def test_peak_memory_is_counted_from_where_it_was_forgotten():
+    cpu = torch.device("cpu")
+    torch.ones(50_000_000).sum()  # 200 MB, freed again
+    high = experiment.peak_memory_mb(cpu)
+    experiment.forget_peak_memory(cpu)
+    assert experiment.peak_memory_mb(cpu) < high - 100
+    torch.ones(50_000_000).sum()
+    assert experiment.peak_memory_mb(cpu) > high - 100
 
 
 def test_random_sources_are_separate_and_repeatable():
