@@ -41,6 +41,21 @@ def test_step_1_takes_every_batch_and_holds_back_by_the_decay(network, plain):
     assert held.norm() < 0.9 * free.norm()
 
 
+def test_step_1_shortens_delta_to_the_radius(network, plain):
+    network.eval()
+    config = IBauConfig(delta_lr=50.0, decay=0.0)
+    found = [
+        i_bau.worst_perturbation(
+            network,
+            Batches(plain, 36, torch.device("cpu"), generator=torch.Generator().manual_seed(0)),
+            replace(config, radius=radius),
+        )
+        for radius in (None, 0.1, 1e6)
+    ]
+    assert found[0].norm() > 0.2 and torch.equal(found[0], found[2])
+    assert torch.allclose(found[1], 0.1 * found[0] / found[0].norm(), atol=1e-5)
+
+
 def test_only_a_share_of_the_batch_carries_delta(network, plain):
     network.eval()
     images, labels = plain.floats()[:10], plain.labels[:10]
@@ -102,6 +117,7 @@ def test_each_round_steps_the_weights_by_adam_along_the_hyper_gradient(network, 
     [
         ({"rounds": 0}, "rounds must be above 0, got 0"),
         ({"decay": -1.0}, "decay must not be negative, got -1.0"),
+        ({"radius": 0.0}, "radius must be above 0 or None, got 0.0"),
         ({"share": 0.0}, r"share must be in \(0, 1\], got 0.0"),
     ],
 )
