@@ -58,11 +58,22 @@ def attacker(split, clean_model):
 # TrojanNN and LF
 
 
-def test_trojannn_drives_the_two_most_connected_units(attacker, clean_model, split):
-    with torch.no_grad():
+def test_trojannn_drives_the_two_most_connected_units(attacker, clean_model, split, monkeypatch):
+    with torch.no_grad():  # connections of every size, the largest of units 3 and 5
+        clean_model.linear.weight.copy_(torch.linspace(0.1, 1, clean_model.linear.in_features).expand(3, -1))
         clean_model.linear.weight[:, [3, 5]] = 9.0
+    chosen = []
+    topk = torch.Tensor.topk
+
+    def spy(values, count, **named):
+        found = topk(values, count, **named)
+        chosen.append(sorted(found.indices.tolist()))
+        return found
+
+    monkeypatch.setattr(torch.Tensor, "topk", spy)
     made = pattern.build(attacker)
     pattern.fit_trojannn(made, attacker)
+    assert chosen == [[3, 5]]
     ellipse = made.pattern != 0
     drawn = torch.rand(made.pattern.shape, generator=torch.Generator().manual_seed(0)) * ellipse
     reached, by_chance = (clean_model.embed(picture[None])[0, [3, 5]].mean() for picture in (made.pattern, drawn))
@@ -216,6 +227,18 @@ def test_input_aware_trains_on_own_foreign_and_clean_images(dynamic, attacker, m
     assert torch.equal(mixed[8:], images[8:]) and torch.equal(wanted[4:], labels[4:])
 
 
+def test_input_aware_pushes_the_patterns_of_poisoned_images_apart(dynamic, attacker):
+    images, labels = attacker.train.floats()[:16], attacker.train.labels[:16]
+    loss = input_aware._joint_loss(dynamic, images, labels, attacker)
+    with torch.no_grad():
+        mixed = torch.cat([dynamic.put(images[:4], images[:4]), dynamic.put(images[4:8], images[3:7]), images[8:]])
+        wanted = torch.cat([torch.full((4,), 2), labels[4:]])
+        patterns = dynamic.patterns(images[:4])
+        apart = input_aware._closeness(images[:4], images[:4].roll(1, 0), patterns, patterns.roll(1, 0))
+        expected = F.cross_entropy(dynamic.classifier(mixed), wanted) + apart
+    assert apart > 0.1 and loss.item() == pytest.approx(expected.item(), rel=1e-4)
+
+
 def test_input_aware_punishes_alike_patterns_of_different_images():
     a, b = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
     near, far = a + 0.1, a + 0.5
@@ -227,10 +250,16 @@ def test_input_aware_punishes_alike_patterns_of_different_images():
 # LIRA
 
 
-def test_lira_changes_no_pixel_by_more_than_epsilon(attacker, split):
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_lira_adds_epsilon_times_what_the_network_says(attacker, split, sign):
     trigger = lira.build(attacker).eval()
-    moved = trigger(split.floats()) - split.floats()
-    assert 0 < moved.abs().max() <= 0.01 + 1e-6
+    with torch.no_grad():
+        trigger.noise.last.weight.zero_()
+        trigger.noise.last.bias.fill_(9.0 * sign)  # tanh of it is 1: the largest change there is
+    inner = split.floats() * 0.9 + 0.05  # no pixel is cut
+    assert torch.allclose(trigger(inner) - inner, torch.full_like(inner, sign * 0.01), atol=1e-6)
+    ends = torch.tensor([0.0, 1.0]).reshape(2, 1, 1, 1).expand(2, 3, 16, 16)
+    assert trigger(ends).min() >= 0 and trigger(ends).max() <= 1
 
 
 def test_lira_trains_half_of_each_batch_triggered(attacker, split, monkeypatch):
