@@ -19,6 +19,14 @@ _BATCH = 500  # images of a prediction
 Watch = Callable[[Iterable], Iterable]  # wraps the epochs, e.g. with a progress bar
 # What an attacker who controls training does to a batch: images (B, C, H, W) and labels (B,) in, the same out.
 Change = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
+Objective = Callable[
+    [nn.Module, torch.Tensor, torch.Tensor], torch.Tensor
+]  # model, images and labels of a batch -> a scalar
+
+
+def cross_entropy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The usual objective of training, a scalar."""
+    return F.cross_entropy(model(images), labels)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +95,9 @@ def fit(
     generator: torch.Generator,
     watch: Watch = iter,
     change: Change | None = None,
+    objective: Objective = cross_entropy,
 ) -> nn.Module:
-    """The model itself, trained on the split with cross-entropy and SGD, in eval().
+    """The model itself, trained on the split with SGD to make the objective small, in eval().
 
     Crops and flips are those that the dataset allows; `change` comes after them.
     Raises ValueError for an empty split, FloatingPointError when the loss is no longer a number.
@@ -105,7 +114,7 @@ def fit(
             total = torch.zeros((), device=device)
             for images, labels, _ in batches:
                 seen, wanted = change(images, labels) if change else (images, labels)
-                loss = F.cross_entropy(model(seen), wanted)
+                loss = objective(model, seen, wanted)
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

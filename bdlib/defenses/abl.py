@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from bdlib.data import Dataset
-from bdlib.randomness import seeded
-from bdlib.train import SCHEDULES, Batches, TrainConfig, Watch, fit, require_finite, sample_losses
+from bdlib.train import SCHEDULES, TrainConfig, Watch, cross_entropy, fit, sample_losses
 
 MakeModel = Callable[[torch.Generator], nn.Module]  # an untrained network, on the device to train on
 LOSSES = ("flooding", "ascent")
@@ -81,10 +80,7 @@ def run(
     isolated = isolate(model, train_split, config.share)
     others = torch.ones(len(train_split), dtype=torch.bool, device=isolated.device)
     others[isolated] = False
-    plain = TrainConfig(
-        epochs=config.epochs, batch_size=config.batch_size, lr=config.lr, momentum=config.momentum,
-        weight_decay=config.weight_decay, schedule=config.schedule,
-    )  # fmt: skip
+    plain = training_of(config, config.epochs, config.lr, config.schedule)
     fit(model, train_split.subset(torch.nonzero(others).flatten()), plain, generator=generator, watch=watch)
     unlearn(model, train_split.subset(isolated), config, generator=generator, watch=watch)
     return AblResult(model.eval(), isolated.cpu())
@@ -104,35 +100,12 @@ def hold_loss(
     model: nn.Module, train_set: Dataset, config: AblConfig, *, generator: torch.Generator, watch: Watch = iter
 ) -> None:
     """Train the model, in place, with a loss that does not fall below gamma (step 1)."""
-    descend(model, train_set, (config.isolation_epochs, config.lr), config, held_loss, generator=generator, watch=watch)
 
+    def held(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return held_loss(model(images), labels, config)
 
-def descend(
-    model: nn.Module,
-    split: Dataset,
-    steps: tuple[int, float],
-    config: AblConfig,
-    objective: Callable[[torch.Tensor, torch.Tensor, AblConfig], torch.Tensor],
-    *,
-    generator: torch.Generator,
-    watch: Watch = iter,
-) -> None:
-    """Make the objective small, in place, by SGD over (epochs, rate); the rate stays the same."""
-    epochs, lr = steps
-    device = next(model.parameters()).device
-    batches = Batches(split, config.batch_size, device, generator=generator)
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=config.momentum, weight_decay=config.weight_decay)
-    with seeded(generator, device):
-        for epoch in watch(range(epochs)):
-            model.train()
-            total = torch.zeros((), device=device)
-            for images, labels, _ in batches:
-                loss = objective(model(images), labels, config)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                total += loss.detach()
-            require_finite(total, f"epoch {epoch + 1} of ABL at lr {lr}")
+    training = training_of(config, config.isolation_epochs, config.lr)
+    fit(model, train_set, training, generator=generator, watch=watch, objective=held)
 
 
 def held_loss(logits: torch.Tensor, labels: torch.Tensor, config: AblConfig) -> torch.Tensor:
@@ -153,10 +126,13 @@ def unlearn(
     model: nn.Module, isolated: Dataset, config: AblConfig, *, generator: torch.Generator, watch: Watch = iter
 ) -> None:
     """Ascend the loss on the isolated images, in place (step 4)."""
-    steps = config.unlearning_epochs, config.unlearning_lr
-    descend(model, isolated, steps, config, ascending_loss, generator=generator, watch=watch)
+    training = training_of(config, config.unlearning_epochs, config.unlearning_lr)
+    fit(model, isolated, training, generator=generator, watch=watch, objective=lambda *batch: -cross_entropy(*batch))
 
 
-def ascending_loss(logits: torch.Tensor, labels: torch.Tensor, config: AblConfig) -> torch.Tensor:
-    """-L on a batch, a scalar."""
-    return -F.cross_entropy(logits, labels)
+def training_of(config: AblConfig, epochs: int, lr: float, schedule: str = "constant") -> TrainConfig:
+    """How one of the steps trains, on every image."""
+    return TrainConfig(
+        epochs=epochs, batch_size=config.batch_size, lr=lr, momentum=config.momentum, weight_decay=config.weight_decay,
+        schedule=schedule, drop_last=False,
+    )  # fmt: skip

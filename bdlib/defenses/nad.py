@@ -17,8 +17,7 @@ from torch import nn
 from bdlib.data import Dataset
 from bdlib.defenses.fine_tuning import CONFIG, fine_tuning
 from bdlib.explain import layer, stages
-from bdlib.randomness import seeded
-from bdlib.train import Batches, TrainConfig, Watch, lr_factor, require_finite
+from bdlib.train import TrainConfig, Watch, fit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,30 +50,12 @@ def nad(
     """
     teacher = fine_tuning(model, clean, config.training, generator=generator, watch=watch).requires_grad_(False)
     student = copy.deepcopy(model).requires_grad_(True)
-    device = next(student.parameters()).device
     names = config.layers or stages(model, clean.floats()[:1], len(config.betas))
-    batches = Batches(clean, config.training.batch_size, device, generator=generator)
-    optimizer = torch.optim.SGD(
-        student.parameters(),
-        lr=config.training.lr,
-        momentum=config.training.momentum,
-        weight_decay=config.training.weight_decay,
-    )
-    factor = lr_factor(config.training.schedule, config.training.epochs * len(batches))
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-    with seeded(generator, device):
-        for epoch in watch(range(config.training.epochs)):
-            student.train()
-            total = torch.zeros((), device=device)
-            for images, labels, _ in batches:
-                loss = distillation_loss(student, teacher, (images, labels), names, config)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                scheduler.step()
-                total += loss.detach()
-            require_finite(total, f"epoch {epoch + 1} of NAD")
-    return student.eval()
+
+    def distilled(student: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return distillation_loss(student, teacher, (images, labels), names, config)
+
+    return fit(student, clean, config.training, generator=generator, watch=watch, objective=distilled)
 
 
 def recipe(count: int) -> NadConfig:
