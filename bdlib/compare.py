@@ -10,10 +10,12 @@ from bdlib import experiment, results
 from bdlib.defenses import catalog, clp, nc, rnp
 from bdlib.experiment import Lab
 from bdlib.poison import Poisoned
+from bdlib.selection import NoResult
 from bdlib.train import Watch
 
 CONTROL = "no attack"  # variant of a row whose network was trained without the attack: what a defense costs where it is not needed
-# A stored row stands for a run with the same values in these columns.
+# A stored row stands for a run with the same values in these columns.  A change of a method's code does not show in them: then leave
+# the stored rows out.
 KEY = [
     "profile", "dataset", "dataset_sha256", "arch", "attack", "poison_rate", "target_label", "budget", "seed", "defense", "variant",
     "config_sha256",
@@ -66,7 +68,7 @@ def method_row(lab: Lab, name: str, stored: pd.DataFrame, variant: str, watch: W
     with experiment.stopwatch() as seconds:
         try:
             measured = method.run(source, generator=lab.setting.generator(name), watch=watch)
-        except RuntimeError as error:
+        except NoResult as error:
             print(f"{name}: {error}")
             failed = {"failed": 1.0}
     return lab.row(name, variant, measured, budget=budget, seconds=seconds[0], config=config, measures=failed)

@@ -16,6 +16,10 @@ from bdlib.train import accuracy
 Values = dict[str, torch.Tensor]  # name of an nn.BatchNorm2d -> a value (K,) for each of its channels
 
 
+class NoResult(RuntimeError):
+    """A method cannot reach its aim on this network with these images; the message says what to change."""
+
+
 def strictest(
     model: nn.Module,
     settings: Sequence[float],

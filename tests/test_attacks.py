@@ -303,7 +303,9 @@ def test_ssba_hides_the_secret_and_the_decoder_reads_it(attacker, split, monkeyp
         unmarked = trigger.decoder(split.floats()) > 0
     assert (read == secrets.bool()).float().mean() > 0.8
     assert (unmarked == secrets.bool()).float().mean() < 0.7, "an image without a string gives none away"
-    assert (trigger(split.floats()) - split.floats()).square().mean() < 0.02, "the string is hidden: without that aim it is .08"
+    assert (trigger(split.floats()) - split.floats()).square().mean() < 0.02, (
+        "the string is hidden: without that aim it is .08"
+    )
 
 
 def test_ssba_puts_its_one_secret_into_every_image(attacker, split):

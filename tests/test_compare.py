@@ -8,6 +8,7 @@ import torch
 
 from bdlib import compare, data, experiment, profiles, results
 from bdlib.defenses import catalog
+from bdlib.selection import NoResult
 from bdlib.train import TrainConfig
 from tests.conftest import same, state
 from tests.test_experiment import VALUES
@@ -32,7 +33,7 @@ def counted(monkeypatch):
         def call(held, config, generator, watch):
             ran.append((name, held, config, torch.rand((), generator=generator).item()))
             if name == "hopeless":
-                raise RuntimeError("no threshold is small enough")
+                raise NoResult("no threshold is small enough")
             return held.model
 
         return catalog.Method(needs, lambda held: TrainConfig(epochs=7), call)
@@ -81,6 +82,15 @@ def test_a_method_that_gives_up_leaves_the_network(lab, counted, capsys):
     row = compare.rows(lab, ["hopeless"], results.load())[1]
     assert row["measures"] == '{"failed": 1.0}' and row["der"] == 0.5 and row["acc"] == row["acc_before"]
     assert "hopeless: no threshold is small enough" in capsys.readouterr().out
+
+
+def test_any_other_error_is_not_taken_for_a_result(lab, counted, monkeypatch):
+    def broken(held, config, generator, watch):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setitem(catalog.METHODS, "after", catalog.Method("clean images", lambda held: None, broken))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        compare.rows(lab, ["after"], results.load())
 
 
 def test_an_unknown_method_is_refused_before_any_runs(lab, counted):

@@ -38,7 +38,7 @@ ALLOWED = {
         "train",
     },  # never triggers, attacks, poison, metrics
     "experiment": {"attacks", "data", "metrics", "models", "poison", "profiles", "results", "store", "train"},
-    "compare": {"defenses", "experiment", "poison", "results", "train"},
+    "compare": {"defenses", "experiment", "poison", "results", "selection", "train"},
     "grid": {"data", "experiment", "files", "profiles"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

@@ -165,7 +165,7 @@ def test_a_floor_never_reached_is_an_error_that_says_how_far_it_came(trained, ti
     config = replace(QUICK, batch_size=16, unlearn_lr=1e-9, max_unlearn_epochs=2, accuracy_floor=0.15)
     message = rf"clean accuracy of {reached:.3f} in 2 epochs of 3 steps, not the floor of 0\.15"
     epochs = []
-    with pytest.raises(RuntimeError, match=message):
+    with pytest.raises(selection.NoResult, match=message):
         rnp.unlearn(trained, tiny, config, generator=generator, watch=lambda each: (epochs.extend(each), each)[1])
     assert epochs == [0, 1]
 
@@ -288,7 +288,7 @@ def test_the_threshold_by_hand(trained, tiny):
 
 def test_a_smallest_threshold_that_costs_too_much_is_an_error(trained, tiny):
     masks = {"1.weight": torch.zeros(4)}
-    with pytest.raises(RuntimeError, match=r"smallest threshold, 0\.1, costs more than 0\.05 of clean accuracy"):
+    with pytest.raises(selection.NoResult, match=r"smallest threshold, 0\.1, costs more than 0\.05 of clean accuracy"):
         rnp.choose_threshold(trained, masks, tiny, RnpConfig(thresholds=(0.2, 0.1)))
 
 

@@ -87,13 +87,14 @@ def run(
 
 
 def recipe(count: int) -> AblConfig:
-    """BackdoorBench's setting; for a training split below 25,000 images fewer epochs of smaller steps.
+    """BackdoorBench's setting; for a training split below 25,000 images fewer and smaller steps.
 
-    DIFFERS: at a rate of .1 networks collapse on a few thousand images (see CBD), and their easy task needs no 80 epochs.
+    DIFFERS: at a rate of .1 networks collapse on a few thousand images (see CBD), and their easy task needs no 80 epochs.  The
+    hundredth of them that is isolated fits into one batch: 80 epochs of unlearning make as many steps as BackdoorBench's 20 over 500.
     """
     if count >= 25_000:
         return AblConfig()
-    return AblConfig(isolation_epochs=5, lr=0.03, epochs=10, schedule="one_cycle", unlearning_epochs=5, batch_size=64)
+    return AblConfig(batch_size=64, isolation_epochs=5, epochs=10, lr=0.03, schedule="one_cycle", unlearning_epochs=80)
 
 
 def hold_loss(

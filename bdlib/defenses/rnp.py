@@ -24,7 +24,7 @@ from torch.optim.swa_utils import update_bn
 from bdlib.data import Dataset, hold_out
 from bdlib.masks import Masks, convolutions, prune, require_batch_norm, scales
 from bdlib.randomness import seeded
-from bdlib.selection import strictest
+from bdlib.selection import NoResult, strictest
 from bdlib.train import Batches, Watch, evaluating, predict, require_finite
 
 LEVELS = ("neuron", "filter")
@@ -85,7 +85,7 @@ def rnp(
     """A copy of the model, pruned where the recovered masks stay low (arXiv:2305.14876), in eval().
 
     clean: the defender's images, uint8, with their labels.  The input model is not changed.
-    Raises ValueError without clean images or batch norm, RuntimeError if unlearning never reaches `accuracy_floor`,
+    Raises ValueError without clean images or batch norm, NoResult if unlearning never reaches `accuracy_floor`,
     FloatingPointError when the loss is no longer a number.
     """
     return run(model, clean, config, generator=generator, watch=watch).model
@@ -138,7 +138,7 @@ def unlearn(
     images, with the batch statistics of those very images, and the running statistics are renewed at the end.  On an easy dataset
     the loss grows tenfold within an epoch, and running statistics lag ten steps behind: a network that went too far would be
     handed on.
-    Raises RuntimeError with the accuracy reached if `max_unlearn_epochs` do not suffice.
+    Raises NoResult with the accuracy reached if `max_unlearn_epochs` do not suffice.
     """
     require_batch_norm(model, "RNP")
     unlearned = copy.deepcopy(model).requires_grad_(True)
@@ -162,7 +162,7 @@ def unlearn(
                     return unlearned.eval()
             scheduler.step()
             require_finite(loss, f"epoch {epoch + 1} of RNP's unlearning")
-    raise RuntimeError(
+    raise NoResult(
         f"unlearning reached a clean accuracy of {reached:.3f} in {config.max_unlearn_epochs} epochs of {len(batches)} steps, "
         f"not the floor of {config.accuracy_floor}: raise max_unlearn_epochs or unlearn_lr, lower batch_size (more steps), "
         "or raise accuracy_floor"
@@ -239,7 +239,7 @@ def choose_threshold(model: nn.Module, masks: Masks, held: Dataset, config: RnpC
         model, sorted(config.thresholds), lambda threshold: prune(model, masks, threshold), held, config.max_drop
     )
     if chosen is None:
-        raise RuntimeError(
+        raise NoResult(
             f"even the smallest threshold, {min(config.thresholds)}, costs more than {config.max_drop} of clean accuracy: raise "
             "max_drop, or unlearn more gently (larger batch_size, lower unlearn_lr)"
         )
