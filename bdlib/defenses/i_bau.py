@@ -77,14 +77,14 @@ def i_bau(
 
 
 def recipe(count: int) -> IBauConfig:
-    """BackdoorBench's setting; for fewer than 2,500 clean images smaller batches and more rounds, with delta no longer than a trigger.
+    """BackdoorBench's setting; for fewer than 2,500 clean images the authors' rate, smaller batches, and delta as long as a trigger.
 
     DIFFERS: its 2,500 images make 100 steps of the weights; a tenth of the images a batch, at least 16, and ten rounds make as many.
     On a narrow network's large gradients a free delta grows to several times the length of an image, and no weights withstand that.
     """
     if count >= 2500:
         return IBauConfig()
-    return IBauConfig(rounds=10, batch_size=min(128, max(16, -(-count // 10))), radius=10.0)
+    return IBauConfig(rounds=10, batch_size=min(128, max(16, -(-count // 10))), lr=1e-3, radius=10.0)
 
 
 def worst_perturbation(model: nn.Module, batches: Batches, config: IBauConfig) -> torch.Tensor:
