@@ -60,10 +60,10 @@ def method_row(lab: Lab, name: str, stored: pd.DataFrame, variant: str, watch: W
     method, source = catalog.METHODS[name], held(lab)
     config = method.config(source)
     budget = len(source.train_set) if method.needs == "training set" else len(source.clean)
-    measured, failed = lab.model, None
     known = same_run(stored, lab, {"defense": name, "variant": variant, "budget": budget}, config)
     if known is not None:
         return known
+    measured, failed = lab.model, None
     experiment.forget_peak_memory(lab.device)
     with experiment.stopwatch() as seconds:
         try:

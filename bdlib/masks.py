@@ -17,6 +17,16 @@ def masked(model: nn.Module, masks: Masks) -> nn.Module:
     return product
 
 
+def mask_step(masks: Masks, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
+    """Step the masks downhill, in place, and clip them to [0, 1]."""
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    with torch.no_grad():
+        for mask in masks.values():
+            mask.clamp_(0, 1)
+
+
 def prune(model: nn.Module, masks: Masks, threshold: float) -> nn.Module:
     """A copy of the model in which every masked weight with m <= threshold is 0, in eval().
 

@@ -44,9 +44,8 @@ def strictest(
 class OutlierConfig:
     """Settings of the outlier rule; sources: [p] the papers of CLP, BNP, EP; [o] ours.  Raises ValueError if one is out of range."""
 
-    u: float | None = (
-        3.0  # a channel goes above mean + u standard deviations [p]; None = u is chosen by clean accuracy [o]
-    )
+    # A channel goes above mean + u standard deviations [p]; None = u is chosen by clean accuracy [o].
+    u: float | None = 3.0
     candidates: tuple[float, ...] = tuple(step / 4 for step in range(16, -1, -1))  # for u = None: 4 down to 0 [o]
     max_drop: float = 0.05  # for u = None: clean accuracy that pruning may cost, as a fraction [o]
 
@@ -86,6 +85,4 @@ def without_outliers(model: nn.Module, values: Values, config: OutlierConfig, he
 
 def outliers(values: Values, u: float) -> dict[str, torch.Tensor]:
     """For each layer bool (K,): value > mean + u std, over the layer's channels."""
-    if u == float("inf"):
-        return {name: torch.zeros_like(value, dtype=torch.bool) for name, value in values.items()}
     return {name: value > value.mean() + u * value.std() for name, value in values.items()}

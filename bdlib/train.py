@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain, repeat
 
 import torch
 import torch.nn.functional as F
@@ -19,9 +20,11 @@ _BATCH = 500  # images of a prediction
 Watch = Callable[[Iterable], Iterable]  # wraps the epochs, e.g. with a progress bar
 # What an attacker who controls training does to a batch: images (B, C, H, W) and labels (B,) in, the same out.
 Change = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
-Objective = Callable[
-    [nn.Module, torch.Tensor, torch.Tensor], torch.Tensor
-]  # model, images and labels of a batch -> a scalar
+# What training makes small: model, images and labels of a batch -> a scalar.
+Objective = Callable[[nn.Module, torch.Tensor, torch.Tensor], torch.Tensor]
+MakeModel = Callable[
+    [torch.Generator], nn.Module
+]  # a fresh network on the device, its weights drawn from the generator
 
 
 def cross_entropy(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -81,6 +84,10 @@ class Batches:
         order = torch.randperm(len(self.labels), generator=self.generator).to(self.labels.device)
         for picks in order[: self.steps * self.batch_size].split(self.batch_size):
             yield self.view(picks), self.labels[picks], picks
+
+    def forever(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """One epoch after the other, without end."""
+        return chain.from_iterable(repeat(self))
 
     def view(self, picks: torch.Tensor) -> torch.Tensor:
         """The images at these positions (B,), newly cropped and flipped, float32 (B, C, H, W) in [0, 1]."""

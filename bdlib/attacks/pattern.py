@@ -6,7 +6,7 @@ from torch import nn
 
 from bdlib.attacks.attacker import Attacker
 from bdlib.data import to_float
-from bdlib.explain import last_linear
+from bdlib.explain import last_linear, with_embedding
 from bdlib.train import require_finite
 
 LF_CAP = 0.2  # largest value of LF's pattern: 51 of 255 in BackdoorBench's file
@@ -37,23 +37,16 @@ def fit_trojannn(pattern: Pattern, attacker: Attacker) -> None:
     The patch is an ellipse near the bottom right, as wide as BackdoorBench's apple: rows 17 to 29, columns 18 to 28 of 32.
     """
     model = attacker.clean_model()
-    linear = last_linear(model)
-    units = linear.weight.abs().sum(0).topk(2).indices
+    units = last_linear(model).weight.abs().sum(0).topk(2).indices
     mask = _ellipse(pattern.pattern.shape).to(attacker.device)
     logits = torch.randn(mask.shape, generator=attacker.generator("pattern")).to(mask).requires_grad_(True)
     optimizer = torch.optim.Adam([logits], lr=0.1)
-    seen: list[torch.Tensor] = []
-    handle = linear.register_forward_pre_hook(lambda layer, inputs: seen.append(inputs[0]))
-    try:
-        for _ in attacker.watch(range(STEPS[0 if attacker.quick else 1])):
-            seen.clear()
-            model((mask * logits.sigmoid())[None])
-            loss = (seen[0][:, units] - TROJAN_TARGET).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    finally:
-        handle.remove()
+    for _ in attacker.watch(range(STEPS[0 if attacker.quick else 1])):
+        _, embedding = with_embedding(model, (mask * logits.sigmoid())[None])
+        loss = (embedding[:, units] - TROJAN_TARGET).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     require_finite(loss.detach(), "the optimization of TrojanNN's patch")
     pattern.pattern.copy_((mask * logits.sigmoid()).detach())
 

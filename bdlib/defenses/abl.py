@@ -8,7 +8,6 @@ Train on the poisoned set itself: poisoned images are learned first, so they can
  4  unlearn: gradient ascent on the isolated images
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -16,9 +15,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from bdlib.data import Dataset
-from bdlib.train import SCHEDULES, TrainConfig, Watch, cross_entropy, fit, sample_losses
+from bdlib.train import SCHEDULES, MakeModel, TrainConfig, Watch, cross_entropy, fit, sample_losses
 
-MakeModel = Callable[[torch.Generator], nn.Module]  # an untrained network, on the device to train on
 LOSSES = ("flooding", "ascent")
 
 

@@ -21,7 +21,7 @@ from torch.func import functional_call
 from bdlib.data import Dataset, hold_out
 from bdlib.defenses.fine_pruning import tune
 from bdlib.defenses.ft_sam import FtSamConfig
-from bdlib.masks import Masks, convolutions, masked, norms, prune, require_batch_norm, scales
+from bdlib.masks import Masks, convolutions, mask_step, masked, norms, prune, require_batch_norm, scales
 from bdlib.randomness import seeded
 from bdlib.selection import strictest
 from bdlib.train import Batches, Watch, require_finite
@@ -137,21 +137,10 @@ def learn_masks(
     frozen.train()  # batch statistics, as in the code; the copy's running ones move, and are thrown away with it
     total = torch.zeros((), device=device)
     with seeded(generator, device):
-        passes = iter(())
-        for _ in watch(range(config.steps)):
-            batch = next(passes, None)
-            if batch is None:
-                passes = iter(batches)
-                batch = next(passes)
-            images, labels, _ = batch
+        for _, (images, labels, _) in zip(watch(range(config.steps)), batches.forever(), strict=False):
             noise = worst_noise(frozen, masks, (images, labels), config, generator=generator)
             loss = mask_loss(frozen, masks, noise, (images, labels), config)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            with torch.no_grad():
-                for mask in masks.values():
-                    mask.clamp_(0, 1)
+            mask_step(masks, optimizer, loss)
             total += loss.detach()
     require_finite(total, "ANP")
     return {name: mask.detach() for name, mask in masks.items()}

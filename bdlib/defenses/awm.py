@@ -22,7 +22,7 @@ from torch.func import functional_call
 
 from bdlib.augment import random_resized_crop
 from bdlib.data import Dataset
-from bdlib.masks import Masks, masked
+from bdlib.masks import Masks, mask_step, masked
 from bdlib.train import Watch, require_finite
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # images, float32 (B, C, H, W) in [0, 1], and labels (B,)
@@ -239,16 +239,6 @@ def mask_loss(
     # L = alpha L(f(x; m * w), y) + beta L(f(x + Delta; m * w), y) + gamma |m|_1
     loss = config.alpha * F.cross_entropy(clean_logits, labels) + beta * F.cross_entropy(perturbed_logits, labels)
     return loss + config.gamma * sum(mask.abs().sum() for mask in masks.values())
-
-
-def mask_step(masks: Masks, optimizer: torch.optim.Optimizer, loss: torch.Tensor) -> None:
-    """Step the masks downhill, in place, and clip them to [0, 1] (Alg. 1 lines 12-13)."""
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
-    with torch.no_grad():
-        for mask in masks.values():
-            mask.clamp_(0, 1)
 
 
 def binarize(masks: Masks, threshold: float = 0.5) -> Masks:

@@ -27,7 +27,7 @@ from bdlib.defenses import (
     nc,
     rnp,
 )
-from bdlib.train import Watch
+from bdlib.train import MakeModel, Watch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,7 +37,7 @@ class Held:
     model: nn.Module
     clean: Dataset
     train_set: Dataset
-    make_model: Callable[[torch.Generator], nn.Module]
+    make_model: MakeModel
 
     @property
     def budget(self) -> int:

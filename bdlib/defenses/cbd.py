@@ -12,7 +12,6 @@ The defaults are the official code's (zaixizhang/CBD, 8a7bd37), but for step 3 a
 ships with them off (`released_variant`).  The paper's information bottleneck on f_C's embedding is not in the code, nor here.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,11 +22,8 @@ from bdlib.augment import cutout
 from bdlib.data import Dataset
 from bdlib.explain import last_linear, with_embedding
 from bdlib.randomness import seeded
-from bdlib.train import SCHEDULES, Batches, Watch, lr_factor, require_finite
+from bdlib.train import SCHEDULES, Batches, MakeModel, Watch, lr_factor, require_finite
 
-MakeModel = Callable[
-    [torch.Generator], nn.Module
-]  # a fresh network on the device, its weights drawn from the generator
 LIPSCHITZ = ("root", "spectral")
 
 

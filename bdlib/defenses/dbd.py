@@ -7,7 +7,6 @@ Train on the poisoned set, but let no wrong label shape the features:
  4  train the whole network on both parts by MixMatch
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,9 +18,7 @@ from bdlib.defenses.mixmatch import MixmatchConfig, mixmatch
 from bdlib.defenses.simclr import SimclrConfig, simclr
 from bdlib.explain import embeddings, last_linear
 from bdlib.randomness import seeded
-from bdlib.train import Watch, require_finite
-
-MakeModel = Callable[[torch.Generator], nn.Module]  # an untrained network, on the device to train on
+from bdlib.train import MakeModel, Watch, require_finite
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ For each batch of both:
 """
 
 from dataclasses import dataclass
-from itertools import chain, islice, repeat
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -58,7 +58,7 @@ def mixmatch(
     known = Batches(labeled, size, device, generator=generator, drop_last=True)
     unknown = Batches(unlabeled, size, device, generator=generator, drop_last=True)
     # Each part starts anew at its own end.
-    pairs = zip(chain.from_iterable(repeat(known)), chain.from_iterable(repeat(unknown)), strict=False)
+    pairs = zip(known.forever(), unknown.forever(), strict=False)
     optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
     with seeded(generator, device):
         for epoch in watch(range(config.epochs)):
