@@ -13,7 +13,8 @@ from bdlib.poison import Poisoned
 from bdlib.selection import NoResult
 from bdlib.train import Watch
 
-CONTROL = "no attack"  # variant of a row whose network was trained without the attack: what a defense costs where it is not needed
+EXTRAS = ("control", "oracle", "detection")  # what 06 measures beside the methods
+GROUPS = ("all", "post-training", "in training")  # of methods, as `chosen` reads them
 # A stored row stands for a run with the same values in these columns.  A change of a method's code does not show in them: then leave
 # the stored rows out.
 KEY = [
@@ -36,23 +37,62 @@ def control(lab: Lab) -> Lab:
     )
 
 
+def chosen(methods: str) -> list[str]:
+    """The names of the methods that these words stand for: a group, or names with commas between them.
+
+    "post-training": those that change a trained network; "in training": those that train one on the poisoned set.
+    Raises ValueError for a name that is no method.
+    """
+    if methods in GROUPS:
+        in_training = {name for name, method in catalog.METHODS.items() if method.needs == "training set"}
+        kept = {"all": set(catalog.METHODS), "in training": in_training}.get(
+            methods, catalog.METHODS.keys() - in_training
+        )
+        return [name for name in catalog.METHODS if name in kept]
+    names = [name.strip() for name in methods.split(",")]
+    unknown = [name for name in names if name not in catalog.METHODS]
+    if unknown:
+        raise ValueError(
+            f"methods must be {', '.join(GROUPS)}, or names out of {', '.join(catalog.METHODS)}, got {', '.join(unknown)}"
+        )
+    return names
+
+
+def chosen_extras(extras: str) -> list[str]:
+    """The extras that are named, with commas between them; "" = none.  Raises ValueError for any other word."""
+    names = [name.strip() for name in extras.split(",") if name.strip()]
+    unknown = [name for name in names if name not in EXTRAS]
+    if unknown:
+        raise ValueError(f"extras must be out of {', '.join(EXTRAS)}, or empty, got {', '.join(unknown)}")
+    return names
+
+
 def rows(
     lab: Lab,
     names: Sequence[str],
     stored: pd.DataFrame,
     *,
     variant: str = "default",
+    detect: bool = False,
     watch: Watch = experiment.progress,
 ) -> list[dict[str, object]]:
     """A row for each method, first the undefended network's: read from the stored rows, or measured now.
 
-    Raises ValueError for a name that is no method.
+    detect: the undefended network's row also says, in `measures`, how suspect it looks (see `detection`).
     """
-    unknown = [name for name in names if name not in catalog.METHODS]
-    if unknown:
-        raise ValueError(f"methods must be out of {', '.join(catalog.METHODS)}, got {', '.join(unknown)}")
-    undefended = lab.row("none", variant, lab.model, budget=len(lab.clean), seconds=0.0, config=None)
-    return [undefended, *(method_row(lab, name, stored, variant, watch) for name in names)]
+    return [
+        undefended_row(lab, stored, variant, detect, watch),
+        *(method_row(lab, name, stored, variant, watch) for name in names),
+    ]
+
+
+def undefended_row(lab: Lab, stored: pd.DataFrame, variant: str, detect: bool, watch: Watch) -> dict[str, object]:
+    """The row of the network as it is."""
+    known = same_run(stored, lab, {"defense": "none", "variant": variant, "budget": len(lab.clean)}, None)
+    if known is not None and (known["measures"] != "{}" or not detect):
+        return known
+    measures = detection(lab, watch=watch) if detect else None
+    return lab.row("none", variant, lab.model, budget=len(lab.clean), seconds=0.0, config=None, measures=measures)
 
 
 def method_row(lab: Lab, name: str, stored: pd.DataFrame, variant: str, watch: Watch) -> dict[str, object]:

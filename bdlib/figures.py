@@ -26,21 +26,17 @@ COLORS = {
     "FT-SAM": _PALETTE[3],
 }
 NORM_NAMES = {"l1": "$\\ell_1$", "l2": "$\\ell_2$", "linf": "$\\ell_\\infty$"}
+_NAMES = {"none": "no defense", "fine_tuning": "FT", "fine_pruning": "FP", "linf_pruning": "l-inf pruning"}
+_USUAL_VARIANT = {"awm": "soft", "linf_pruning": "linf"}  # of the papers' own notebooks
 METRICS = {"acc": "ACC (%)", "asr": "ASR (%)", "ra": "RA (%)"}
 
 
 def method_name(defense: str, variant: str) -> str:
     """How a row's defense and variant are called in figures."""
-    return {
-        ("none", "default"): "no defense",
-        ("fine_tuning", "default"): "FT",
-        ("awm", "soft"): "AWM",
-        ("awm", "thresholded"): "AWM, mask thresholded",
-        ("linf_pruning", "linf"): "l-inf pruning",
-        ("rnp", "default"): "RNP",
-        ("cbd", "default"): "CBD",
-        ("ft_sam", "default"): "FT-SAM",
-    }.get((defense, variant), f"{defense}, {variant}")
+    name = " + ".join(_NAMES.get(part, part.upper().replace("_", "-")) for part in defense.split(" + "))
+    if (defense, variant) == ("awm", "thresholded"):
+        return "AWM, mask thresholded"
+    return name if variant == _USUAL_VARIANT.get(defense, "default") or variant == "default" else f"{name}, {variant}"
 
 
 def labels(rows: pd.DataFrame) -> list[str]:
@@ -152,17 +148,67 @@ def acc_and_asr(rows: pd.DataFrame, label: str, ax: Axes) -> Axes:
     return ax
 
 
-def heatmap(table: pd.DataFrame, ax: Axes, title: str, *, good_is_high: bool) -> Axes:
-    """Percent in each cell of a table of fractions (rows: methods, columns: attacks); darker is worse, empty where it is not known."""
+def heatmap(table: pd.DataFrame, ax: Axes, title: str, *, good_is_high: bool, low: int = 0) -> Axes:
+    """Percent in each cell of a table of fractions (rows: methods, columns: attacks); darker is worse, empty where it is not known.
+
+    low: percent at which the colors start.
+    """
     percent = 100 * table
     sns.heatmap(
-        percent, ax=ax, annot=True, fmt=".0f", vmin=0, vmax=100, cbar=False, linewidths=0.5, annot_kws={"fontsize": 8},
+        percent, ax=ax, annot=True, fmt=".0f", vmin=low, vmax=100, cbar=False, linewidths=0.5, annot_kws={"fontsize": 8},
         cmap="rocket" if good_is_high else "rocket_r",
     )  # fmt: skip
     ax.set(xlabel="", ylabel="")
     ax.set_title(f"{title} (%)", fontsize=10)
     ax.tick_params(axis="x", rotation=0, labelsize=8)
     ax.tick_params(axis="y", rotation=0, labelsize=8)
+    return ax
+
+
+def budget_grid(rows: pd.DataFrame) -> Figure:
+    """ACC and ASR over the clean budget, a small plot for each value of the column `method`: mean line, every seed a point."""
+    tidy = rows.melt(
+        id_vars=["method", "budget", "seed"], value_vars=["acc", "asr"], var_name="metric", value_name="share"
+    )
+    tidy = tidy.assign(percent=100 * tidy["share"], metric=tidy["metric"].str.upper())
+    colors = {"ACC": _PALETTE[0], "ASR": _PALETTE[3]}
+    grid = sns.FacetGrid(tidy, col="method", col_wrap=5, height=1.9, aspect=1.2)
+    for draw in (sns.lineplot, sns.scatterplot):
+        how = {"errorbar": None} if draw is sns.lineplot else {"s": 22, "alpha": 0.7, "legend": False}
+        grid.map_dataframe(draw, x="budget", y="percent", hue="metric", hue_order=list(colors), palette=colors, **how)
+    places = sorted(rows["budget"].unique())
+    grid.set(xscale="log", xticks=places, xticklabels=places, ylim=(-4, 104))
+    for ax in grid.axes.flat:
+        ax.minorticks_off()
+        ax.tick_params(labelsize=8)
+    grid.set_titles("{col_name}", size=9).set_axis_labels("clean images", "ACC, ASR (%)")
+    grid.add_legend(title="")
+    return grid.figure
+
+
+def costs(rows: pd.DataFrame, ax: Axes, x: str, xlabel: str, scale: str) -> Axes:
+    """The column `x` on a "log" or "linear" scale, a line for each `method`: every run a point, a bar at the median."""
+    common = {"data": rows, "x": x, "y": "method", "ax": ax}
+    sns.stripplot(color=_PALETTE[0], alpha=0.6, jitter=False, size=4, **common)
+    sns.pointplot(
+        color="black", linestyle="none", marker="|", markersize=10, errorbar=None, estimator="median", **common
+    )
+    ax.set(xscale=scale, xlabel=xlabel, ylabel="")
+    ax.grid(axis="y", linewidth=0.3)
+    return ax
+
+
+def roc(truth: pd.Series, scores: dict[str, pd.Series], ax: Axes) -> Axes:
+    """ROC curve of each score, higher where a network is more suspect; truth: 1 = backdoored."""
+    from sklearn.metrics import roc_auc_score, roc_curve
+
+    for (name, score), color, style in zip(scores.items(), _PALETTE, ("-", "--", ":"), strict=False):
+        called, found, _ = roc_curve(truth, score)
+        label = f"{name}, AUROC {roc_auc_score(truth, score):.2f}"
+        ax.plot(called, found, label=label, color=color, linestyle=style)
+    ax.plot([0, 1], [0, 1], color=COLORS["no defense"], linewidth=0.8)
+    ax.set(xlabel="clean networks called backdoored (share)", ylabel="backdoored networks found (share)")
+    ax.legend(fontsize=8, loc="lower right")
     return ax
 
 

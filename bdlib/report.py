@@ -23,8 +23,7 @@ def main(runs: Path, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for drawn in sorted(runs.rglob("attacks.*")):
         shutil.copyfile(drawn, out / drawn.name)
-    rows = results.load(*sorted(runs.rglob("results.csv")))
-    rows = rows.drop_duplicates([*results.SETTING, "seed"])
+    rows = results.once(results.load(*sorted(runs.rglob("results.csv"))))
     # Defenses and variants stay in the order in which their notebook ran them.
     rows = rows.sort_values(
         [name for name in [*results.SETTING, "seed"] if name not in ("defense", "variant")], kind="stable"
@@ -37,6 +36,24 @@ def main(runs: Path, out: Path) -> None:
         results.save(part, out / f"{paper}_rows.csv")
         for name, draw in FIGURES[paper].items():
             figures.save(draw(part), out / f"{paper}_{name}")
+    save_ledger(out)
+
+
+def save_ledger(out: Path) -> None:
+    """Write out/ledger.csv: every printed number of a defense that the rows in `out` hold, beside ours."""
+    rows = [path for path in sorted(out.glob("*.csv")) if path.name != "ledger.csv"]
+    found = results.ledger(usual(results.load(*rows)))
+    if len(found):
+        results.save(found, out / "ledger.csv")
+
+
+def usual(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of each method as it is by default, each run once; also those of the papers' own notebooks."""
+    names = [figures.method_name(*pair) for pair in zip(rows["defense"], rows["variant"], strict=True)]
+    rows = rows.assign(method=names, variant="default").loc[["," not in name for name in names]]
+    return rows.drop_duplicates(
+        ["profile", "dataset", "arch", "attack", "poison_rate", "target_label", "budget", "defense", "seed"]
+    )
 
 
 def save_attacks(rows: pd.DataFrame, out: Path) -> None:
@@ -112,6 +129,91 @@ def planted_figure(rows: pd.DataFrame) -> plt.Figure:
     title = setting_title(planted.assign(attack=f"{planted['attack'].nunique()} attacks"))
     figure = lines_figure(planted, "attack")
     figure.axes[0].set_title(f"{title} · poison rate {usual:.0%}", fontsize=9)
+    return figure
+
+
+def all_five(rows: pd.DataFrame) -> pd.DataFrame:
+    """Rows of all methods as their figures take them: `method` to show, the control as an attack of its own, no oracle."""
+    rows = rows[rows["variant"].isin(["default", results.CONTROL])]
+    names = [figures.method_name(defense, "default") for defense in rows["defense"]]
+    rows = rows.assign(method=names, attack=rows["attack"].mask(rows["variant"] == results.CONTROL, results.CONTROL))
+    return rows.sort_values("attack", key=lambda attacks: attacks == results.CONTROL, kind="stable")  # the control last
+
+
+def at_usual_budget(rows: pd.DataFrame) -> pd.DataFrame:
+    """Without the rows of other clean budgets than the most common, the largest of several.
+
+    A method in training has the training set for its budget, and stays.
+    """
+    clean_budgets = rows["budget"][rows["defense"] == "none"]
+    usual = clean_budgets.mode()[-1:]
+    return rows[rows["budget"].isin(usual) | ~rows["budget"].isin(clean_budgets)]
+
+
+def heatmap_figure(rows: pd.DataFrame) -> plt.Figure:
+    """ACC, ASR and DER of each method (row) under each attack (column), means over the seeds, at the most common budget."""
+    rows = at_usual_budget(all_five(rows))
+    if rows.empty:
+        return empty_figure()
+    order = {"index": rows["method"].unique(), "columns": rows["attack"].unique()}
+    width, height = 3 + 2.1 * len(order["columns"]), 0.8 + 0.24 * len(order["index"])
+    figure, axes = plt.subplots(1, 3, figsize=(width, height), layout="constrained", sharey=True)
+    for value, ax in zip(("acc", "asr", "der"), axes, strict=True):
+        table = rows.pivot_table(index="method", columns="attack", values=value).reindex(**order)
+        figures.heatmap(table, ax, value.upper(), good_is_high=value != "asr", low=50 if value == "der" else 0)
+    figure.suptitle(setting_title(rows.assign(attack=f"{rows['budget'].mode()[0]} clean images")), fontsize=10)
+    return figure
+
+
+def all_budgets_figure(rows: pd.DataFrame) -> plt.Figure:
+    """ACC and ASR over the clean budget, a plot for each method that was run with more than one; of the most common attack."""
+    rows = all_five(rows)
+    rows = rows[(rows["defense"] != "none") & (rows["attack"] != results.CONTROL)]
+    rows = rows[rows.groupby(["method", "attack"])["budget"].transform("nunique") > 1]
+    if rows.empty:
+        return empty_figure()
+    rows = rows[rows["attack"] == rows["attack"].mode()[0]]
+    figure = figures.budget_grid(rows)
+    figure.suptitle(setting_title(rows), fontsize=10, y=1.03)
+    return figure
+
+
+def costs_figure(rows: pd.DataFrame) -> plt.Figure:
+    """Seconds and peak memory of every method at the most common budget; every run a point."""
+    rows = at_usual_budget(all_five(rows))
+    rows = rows[rows["defense"] != "none"]
+    if rows.empty:
+        return empty_figure()
+    size = (10, 0.9 + 0.24 * rows["method"].nunique())
+    figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
+    figures.costs(rows, axes[0], "seconds", "seconds", "log")
+    figures.costs(rows, axes[1], "peak_memory_mb", "peak memory of the process (MB)", "linear")
+    figure.suptitle(setting_title(rows.assign(attack=", ".join(rows["device"].unique()))), fontsize=10)
+    return figure
+
+
+DETECTORS = {"nc": "NC, anomaly index", "rnp": "RNP, share of one class", "clp": "CLP, largest outlier"}
+
+
+def suspects(rows: pd.DataFrame) -> pd.DataFrame:
+    """The undefended networks whose detection was measured; `backdoored` is 0 for those trained without the attack."""
+    rows = rows[(rows["defense"] == "none") & rows["measures"].str.contains("nc_right")]
+    scores = [*DETECTORS, "nc_right", "rnp_right"]
+    networks = results.with_measures(rows).reindex(columns=[*rows.columns.drop("measures"), *scores])
+    return networks.assign(backdoored=(rows["variant"] != results.CONTROL).astype(int))
+
+
+def detection_figure(rows: pd.DataFrame) -> plt.Figure:
+    """ROC curves of three detectors over the stored networks, backdoored and clean."""
+    networks = suspects(rows)
+    if networks.empty or networks["backdoored"].nunique() < 2:
+        return empty_figure()
+    figure, ax = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
+    figures.roc(networks["backdoored"], {name: networks[score] for score, name in DETECTORS.items()}, ax)
+    ax.set_title(
+        f"{networks['backdoored'].sum()} backdoored and {(networks['backdoored'] == 0).sum()} clean networks",
+        fontsize=9,
+    )
     return figure
 
 
@@ -193,6 +295,12 @@ FIGURES: dict[str, dict[str, Callable[[pd.DataFrame], plt.Figure]]] = {
     "rnp": {
         "budget": lambda rows: budget_figure(rows, RNP),
         "variants": lambda rows: variants_figure(rows, "rnp", hidden=("oracle threshold",)),
+    },
+    "all_five": {
+        "heatmap": heatmap_figure,
+        "budget": all_budgets_figure,
+        "costs": costs_figure,
+        "detection": detection_figure,
     },
     "ft_sam": {
         "budget": lambda rows: budget_figure(rows, FT_SAM),

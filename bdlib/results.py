@@ -51,6 +51,8 @@ SETTING = [
     "defense",
     "variant",
 ]
+# Variant of a row whose network was trained without the attack: what a defense costs where it is not needed.
+CONTROL = "no attack"
 SHOWN = ["acc", "asr", "ra", "der"]
 FRACTIONS = [*SHOWN, "acc_before", "asr_before", "ra_before", "asr_all_classes", "acc_non_target"]
 
@@ -82,6 +84,13 @@ def load(*paths: Path) -> pd.DataFrame:
     return pd.concat(tables, ignore_index=True) if tables else pd.DataFrame(columns=COLUMNS)
 
 
+def once(*tables: pd.DataFrame) -> pd.DataFrame:
+    """The rows of all tables, each run once: that of the first table that has it."""
+    # An empty table has no types of its own: left in, it would make every column one of objects.
+    filled = [rows for rows in tables if len(rows)] or list(tables[:1])
+    return pd.concat(filled, ignore_index=True).drop_duplicates([*SETTING, "seed"])
+
+
 def with_measures(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows with a column for each of their `measures`; empty where a row has none of that name."""
     measures = pd.DataFrame([json.loads(text) for text in rows["measures"]], index=rows.index)
@@ -94,6 +103,13 @@ def over_seeds(rows: pd.DataFrame, values: Iterable[str] = SHOWN) -> pd.DataFram
     parts = {name: grouped[name].mean() for name in values}
     parts |= {f"{name}_sd": grouped[name].std() for name in values}
     return pd.DataFrame({**parts, "seeds": grouped["seed"].nunique()}).reset_index()
+
+
+def spread(rows: pd.DataFrame, value: str, index: str, columns: str) -> pd.DataFrame:
+    """Mean ± sd over the seeds of a fraction, in percent, for the values of two columns in the order of the rows; "" where none is."""
+    groups = rows.groupby([index, columns], sort=False)[value]
+    texts = groups.agg(lambda values: _mean_sd(values.mean(), values.std()))
+    return texts.unstack(fill_value="").reindex(index=rows[index].unique(), columns=rows[columns].unique())
 
 
 def percent(rows: pd.DataFrame) -> pd.DataFrame:

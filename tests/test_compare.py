@@ -93,17 +93,40 @@ def test_any_other_error_is_not_taken_for_a_result(lab, counted, monkeypatch):
         compare.rows(lab, ["after"], results.load())
 
 
-def test_an_unknown_method_is_refused_before_any_runs(lab, counted):
-    with pytest.raises(ValueError, match="methods must be out of after, during, hopeless, got before"):
-        compare.rows(lab, ["after", "before"], results.load())
-    assert not counted
+def test_methods_are_named_by_group_or_one_by_one(counted):
+    assert compare.chosen("all") == ["after", "during", "hopeless"]
+    assert compare.chosen("post-training") == ["after", "hopeless"]
+    assert compare.chosen("in training") == ["during"]
+    assert compare.chosen("hopeless, after") == ["hopeless", "after"]
+
+
+@pytest.mark.parametrize("methods", ["before", "after, before", "", "post training"])
+def test_an_unknown_method_is_refused(counted, methods):
+    with pytest.raises(ValueError, match="or names out of after, during, hopeless, got "):
+        compare.chosen(methods)
+
+
+def test_extras_are_named_with_commas():
+    assert compare.chosen_extras("") == [] and compare.chosen_extras("oracle, control") == ["oracle", "control"]
+    with pytest.raises(ValueError, match="extras must be out of control, oracle, detection, or empty, got orcale"):
+        compare.chosen_extras("control, orcale")
+
+
+def test_the_undefended_network_is_looked_at_once(lab, counted, monkeypatch):
+    looks = []
+    monkeypatch.setattr(compare, "detection", lambda lab, watch: looks.append(lab) or {"nc": 2.5})
+    plain = compare.rows(lab, [], results.load())
+    assert plain[0]["measures"] == "{}" and not looks
+    looked = compare.rows(lab, [], results.table(plain), detect=True)
+    assert looked[0]["measures"] == '{"nc": 2.5}' and looks == [lab]
+    assert compare.rows(lab, [], results.table(looked), detect=True) == looked and len(looks) == 1
 
 
 def test_the_control_is_the_network_without_the_attack(lab, counted):
     control = compare.control(lab)
     assert same(state(control.model), state(lab.vanilla_model())) and not same(state(control.model), state(lab.model))
     assert torch.equal(control.poisoned.train.images, lab.train.images)
-    row = compare.rows(control, ["during"], results.load(), variant=compare.CONTROL)[1]
+    row = compare.rows(control, ["during"], results.load(), variant=results.CONTROL)[1]
     assert row["variant"] == "no attack" and row["acc_before"] == pytest.approx(control.before["acc"])
     assert counted[0][1].train_set is lab.train
 

@@ -85,7 +85,12 @@ def test_report_collects_rows_once_and_draws_them(tmp_path, rows):
     report.main(tmp_path / "runs", tmp_path / "out")
     assert len(results.load(tmp_path / "out" / "awm_rows.csv")) == len(rows) + 3
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        ["attacks.png", "awm_rows.csv", *(f"awm_{n}.{s}" for n in ("budget", "sensitivity") for s in ("png", "svg"))]
+        [
+            "attacks.png",
+            "awm_rows.csv",
+            "ledger.csv",
+            *(f"awm_{n}.{s}" for n in ("budget", "sensitivity") for s in ("png", "svg")),
+        ]
     )
 
 
@@ -106,7 +111,7 @@ def test_report_keeps_the_rows_of_all_attacks_by_dataset(tmp_path):
     results.save(results.table(rows), tmp_path / "runs" / "results.csv")
     report.main(tmp_path / "runs", tmp_path / "out")
     names = [f"attacks_cifar10.{suffix}" for suffix in ("csv", "png", "svg")]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == names
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, "ledger.csv"]
     assert len(results.load(tmp_path / "out" / "attacks_cifar10.csv")) == 6
 
 
@@ -288,3 +293,114 @@ def test_a_heatmap_of_accuracy_is_dark_where_it_is_low(ax):
     figures.heatmap(pd.DataFrame({"badnets": [0.1, 0.9]}, index=["AWM", "FT"]), ax, "ACC", good_is_high=True)
     low, high = ax.collections[0].get_facecolors()[:, :3].sum(1)
     assert low < high
+
+
+@pytest.fixture
+def compared():
+    """Rows of 06: two methods after training and one in training, two attacks and the control, two budgets, two seeds."""
+    rows = []
+    for attack, variant in (("blended", results.CONTROL), ("blended", "default"), ("badnets", "default")):
+        for seed in range(2):
+            runs = (("none", 200), ("fine_tuning", 200), ("anp", 200), ("anp", 10), ("abl", 5000), ("none", 10))
+            for k, (defense, budget) in enumerate(runs):
+                looks = {"nc": 3.0 - (variant != "default"), "nc_right": 1, "rnp": 0.5, "rnp_right": 0, "clp": 1.0}
+                rows.append(
+                    row(notebook="06_all_five", attack=attack, variant=variant, seed=seed, defense=defense, budget=budget,
+                        asr=0.2 * k + 0.1 * seed, acc=0.9, der=0.8, seconds=k + 1, device="cpu x 1",
+                        measures=json.dumps(looks) if k == 0 else "{}")
+                )  # fmt: skip
+    rows.append(rows[-2] | {"defense": "anp", "variant": "oracle threshold", "budget": 200, "asr": 0.77})
+    return results.table(rows)
+
+
+@pytest.mark.parametrize(
+    ("pair", "name"),
+    [
+        (("none", "default"), "no defense"),
+        (("fine_pruning + ft_sam", "default"), "FP + FT-SAM"),
+        (("i_bau", "default"), "I-BAU"),
+        (("awm", "soft"), "AWM"),
+        (("awm", "default"), "AWM"),
+        (("awm", "thresholded"), "AWM, mask thresholded"),
+        (("rnp", "oracle threshold"), "RNP, oracle threshold"),
+        (("linf_pruning", "random"), "l-inf pruning, random"),
+    ],
+)
+def test_a_method_is_called_what_the_field_calls_it(pair, name):
+    assert figures.method_name(*pair) == name
+
+
+def test_the_heatmap_has_every_method_and_the_control_last(compared):
+    figure = report.FIGURES["all_five"]["heatmap"](compared)
+    asr = figure.axes[1]
+    assert [label.get_text() for label in asr.get_xticklabels()] == ["blended", "badnets", "no attack"]
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["no defense", "FT", "ANP", "ABL"]
+    assert [text.get_text() for text in asr.texts[:9:3]] == [
+        "5",
+        "25",
+        "45",
+    ]  # means over the seeds; budget 10 left out
+    assert "200 clean images" in figure.get_suptitle() and "2 seeds" in figure.get_suptitle()
+    plt.close(figure)
+
+
+def test_budget_curves_are_of_methods_with_more_than_one_budget(compared):
+    figure = report.FIGURES["all_five"]["budget"](compared)
+    assert [ax.get_title() for ax in figure.axes] == ["ANP"]
+    plt.close(figure)
+
+
+def test_costs_show_every_run(compared):
+    figure = report.FIGURES["all_five"]["costs"](compared)
+    points = sum(len(drawn.get_offsets()) for drawn in figure.axes[0].collections)
+    assert points == 3 * 2 * 3 and figure.axes[0].get_xscale() == "log" and figure.axes[0].get_xlabel() == "seconds"
+    plt.close(figure)
+
+
+def test_the_roc_tells_backdoored_from_clean_networks(compared):
+    networks = report.suspects(compared)
+    assert networks["backdoored"].tolist() == [0, 0, 1, 1, 1, 1]
+    figure = report.FIGURES["all_five"]["detection"](compared)
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert legend == [
+        "NC, anomaly index, AUROC 1.00",
+        "RNP, share of one class, AUROC 0.50",
+        "CLP, largest outlier, AUROC 0.50",
+    ]
+    assert figure.axes[0].get_title() == "4 backdoored and 2 clean networks"
+    plt.close(figure)
+
+
+def test_the_ledger_takes_each_method_as_it_is_by_default():
+    shown = [
+        ("awm", "soft"),
+        ("awm", "thresholded"),
+        ("rnp", "oracle threshold"),
+        ("rnp", "default"),
+        ("awm", "default"),
+    ]
+    rows = results.table([row(defense=d, variant=v, asr=k / 10) for k, (d, v) in enumerate(shown)])
+    assert report.usual(rows)[["method", "asr"]].values.tolist() == [["AWM", 0.0], ["RNP", 0.3]]
+
+
+def test_the_ledger_is_written_from_the_rows_beside_it(tmp_path):
+    report.save_ledger(tmp_path)
+    assert not list(tmp_path.iterdir())
+    rows = [
+        row(
+            dataset="cifar10",
+            attack="badnets",
+            defense="anp",
+            variant="default",
+            acc=0.9,
+            acc_before=0.95,
+            asr=0.01,
+            seed=0,
+        )
+    ]
+    results.save(results.table(rows), tmp_path / "rows.csv")
+    for _ in range(2):
+        report.save_ledger(tmp_path)
+    found = pd.read_csv(tmp_path / "ledger.csv")
+    assert set(found["defense"]) == {"anp"} and len(found) == (results.published()["defense"] == "anp").sum()
+    assert (found["verdict"] != "not available").any() and found["source"].notna().all()

@@ -31,6 +31,21 @@ def test_rows_survive_the_file_to_the_bit(tmp_path):
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["rows.csv"]
 
 
+def test_each_run_is_kept_once_and_an_empty_table_changes_no_type():
+    first, second = results.table([row(seed=0, asr=0.1)]), results.table([row(seed=0, asr=0.9), row(seed=1, asr=0.5)])
+    rows = results.once(results.load(), first, second)
+    assert rows["asr"].tolist() == [0.1, 0.5] and rows["asr"].dtype == float
+    assert results.once(results.load(), results.load()).empty
+
+
+def test_spread_is_mean_and_deviation_in_the_order_of_the_rows():
+    runs = (("b", "y", 0.1, 0), ("b", "y", 0.3, 1), ("a", "x", 0.5, 0))
+    rows = results.table([row(defense=d, attack=a, asr=v, seed=s) for d, a, v, s in runs])
+    found = results.spread(rows, "asr", "defense", "attack")
+    assert found.index.tolist() == ["b", "a"] and found.columns.tolist() == ["y", "x"]
+    assert found.loc["b", "y"] == "20.0 ± 14.1" and found.loc["a", "x"] == "50.0" and found.loc["a", "y"] == ""
+
+
 def test_measures_stay_with_their_row_where_tables_were_put_together():
     one, two = (results.table([row(seed=s, measures=f'{{"auroc": {s / 10}}}'), row(seed=s)]) for s in (1, 2))
     both = results.with_measures(pd.concat([one, two]))

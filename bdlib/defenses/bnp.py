@@ -26,8 +26,13 @@ def bnp(model: nn.Module, clean: Dataset, config: OutlierConfig, *, generator: t
     require_batch_norm(model, "BNP")
     if not len(clean):
         raise ValueError("BNP needs at least one clean image, got none")
-    measured, held = hold_out(clean, HELD_OUT, generator=generator) if config.u is None else (clean, None)
+    measured, held = split(clean, config, generator=generator)
     return without_outliers(model, divergences(model, measured.floats()), config, held)
+
+
+def split(clean: Dataset, config: OutlierConfig, *, generator: torch.Generator) -> tuple[Dataset, Dataset | None]:
+    """The images to measure, and those kept for choosing u: none where it is given."""
+    return (clean, None) if config.u is not None else hold_out(clean, HELD_OUT, generator=generator)
 
 
 def divergences(model: nn.Module, images: torch.Tensor) -> Values:
