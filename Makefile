@@ -37,7 +37,6 @@ notebooks: install
 	$(PYTHON) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
 
 figures: install
-	$(PYTHON) runall.py --only 00_backdoors --set gallery=True --out runs/figures/gallery
 	$(PYTHON) runall.py --only 02_awm --budget 10 20 50 100 200 250 --seed 0 1 2 --out runs/figures/awm_budgets
 	$(PYTHON) runall.py --only 02_awm --seed 0 1 2 --set ablations=True --out runs/figures/awm_ablations
 	$(PYTHON) runall.py --only 01_linf_pruning --seed 1 2 --out runs/figures/linf_seeds
@@ -54,11 +53,18 @@ figures: install
 	$(PYTHON) runall.py --only 04_cbd --seed 0 --set ablations=True --out runs/figures/cbd_ablations
 	$(PYTHON) runall.py --only 04_cbd --poison-rate 0.01 0.1 0.2 0.5 --seed 0 --out runs/figures/cbd_poison_rates
 	$(PYTHON) runall.py --only 04_cbd --attack blended badnets --seed 0 --out runs/figures/cbd_attacks
+	$(PYTHON) runall.py --only 06_all_five --seed 0 1 2 --set reuse=False extras=control,oracle,detection --out runs/figures/all_five
+	$(PYTHON) runall.py --only 06_all_five --attack badnets trojan_square --seed 0 1 2 --set reuse=False extras=oracle,detection \
+		--out runs/figures/all_five_attacks
+	$(PYTHON) runall.py --only 06_all_five --budget 10 50 5% --seed 0 --set reuse=False --out runs/figures/all_five_budgets
+	$(PYTHON) runall.py --only 06_all_five --attack blended badnets trojan_square --seed 0 --set reuse=False methods=abl,cbd \
+		--out runs/figures/all_five_in_training
 	$(PYTHON) -m bdlib.report runs/figures figures
 
 attacks: install
 	$(PYTHON) runall.py --only 00_backdoors --dataset cifar10 --out runs/attacks_cifar10/ten_percent --attack $(ATTACKS)
 	$(PYTHON) runall.py --only 00_backdoors --dataset cifar10 --out runs/attacks_cifar10/five_percent --poison-rate 0.05 --attack $(CLEAN_LABEL)
+	$(PYTHON) runall.py --only 00_backdoors --dataset cifar10 --set gallery=True --out runs/attacks_cifar10/gallery
 	$(PYTHON) -m bdlib.report runs/attacks_cifar10 figures
 
 lint: install

@@ -1,7 +1,8 @@
 """All methods under one protocol: the same network, clean images and seed for each; rows are read where they are stored."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import pandas as pd
 import torch
@@ -74,16 +75,40 @@ def rows(
     *,
     variant: str = "default",
     detect: bool = False,
+    measured: Path | None = None,
     watch: Watch = experiment.progress,
 ) -> list[dict[str, object]]:
     """A row for each method, first the undefended network's: read from the stored rows, or measured now.
 
     detect: the undefended network's row also says, in `measures`, how suspect it looks (see `detection`).
+    measured: a CSV file in which every row is kept as soon as it is there, and read by the next call: a run that was cut off goes on.
     """
-    return [
-        undefended_row(lab, stored, variant, detect, watch),
-        *(method_row(lab, name, stored, variant, watch) for name in names),
-    ]
+    stored = results.once(stored, so_far(measured))
+    return kept(each_row(lab, names, stored, variant=variant, detect=detect, watch=watch), measured)
+
+
+def each_row(
+    lab: Lab, names: Sequence[str], stored: pd.DataFrame, *, variant: str, detect: bool, watch: Watch
+) -> Iterator[dict[str, object]]:
+    """The rows one by one, the undefended network's first."""
+    yield undefended_row(lab, stored, variant, detect, watch)
+    for name in names:
+        yield method_row(lab, name, stored, variant, watch)
+
+
+def so_far(measured: Path | None) -> pd.DataFrame:
+    """The rows in the file; none where it is not there."""
+    return results.load(measured) if measured and measured.exists() else results.load()
+
+
+def kept(rows: Iterable[dict[str, object]], measured: Path | None) -> list[dict[str, object]]:
+    """The rows, each written to the file as soon as it is there."""
+    found = []
+    for row in rows:
+        found.append(row)
+        if measured:
+            results.save(results.once(results.table([row]), so_far(measured)), measured)
+    return found
 
 
 def undefended_row(lab: Lab, stored: pd.DataFrame, variant: str, detect: bool, watch: Watch) -> dict[str, object]:
@@ -111,7 +136,9 @@ def method_row(lab: Lab, name: str, stored: pd.DataFrame, variant: str, watch: W
         except NoResult as error:
             print(f"{name}: {error}")
             failed = {"failed": 1.0}
-    return lab.row(name, variant, measured, budget=budget, seconds=seconds[0], config=config, measures=failed)
+    row = lab.row(name, variant, measured, budget=budget, seconds=seconds[0], config=config, measures=failed)
+    print(f"{name}, measured now: ACC {row['acc']:.3f}, ASR {row['asr']:.3f}, {seconds[0]:.0f} s")
+    return row
 
 
 def same_run(stored: pd.DataFrame, lab: Lab, chosen: dict[str, object], config: object) -> dict[str, object] | None:

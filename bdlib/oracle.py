@@ -1,12 +1,13 @@
 """What it costs to choose a threshold without the trigger: the best one by the test images, which no defender can know."""
 
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 
 import pandas as pd
 import torch
 from torch import nn
 
-from bdlib import compare, experiment, metrics
+from bdlib import compare, experiment, metrics, results
 from bdlib.defenses import anp, bnp, catalog, clp, rnp
 from bdlib.defenses.catalog import Held
 from bdlib.experiment import Lab
@@ -56,14 +57,20 @@ SWEEPS: dict[str, Callable[[Held, object, torch.Generator, Watch], Models]] = {
 
 
 def rows(
-    lab: Lab, names: Sequence[str], stored: pd.DataFrame, *, watch: Watch = experiment.progress
+    lab: Lab,
+    names: Sequence[str],
+    stored: pd.DataFrame,
+    *,
+    measured: Path | None = None,
+    watch: Watch = experiment.progress,
 ) -> list[dict[str, object]]:
     """A row, variant "oracle threshold", for each of the methods that has a threshold; read where it is stored.
 
-    A method that gives up on this network has none.
+    A method that gives up on this network has none.  measured: as in `compare.rows`.
     """
+    stored = results.once(stored, compare.so_far(measured))
     found = (oracle_row(lab, name, stored, watch) for name in names if name in SWEEPS)
-    return [row for row in found if row is not None]
+    return compare.kept((row for row in found if row is not None), measured)
 
 
 def oracle_row(lab: Lab, name: str, stored: pd.DataFrame, watch: Watch) -> dict[str, object] | None:
@@ -80,6 +87,7 @@ def oracle_row(lab: Lab, name: str, stored: pd.DataFrame, watch: Watch) -> dict[
             print(f"{name}: {error}")
             return None
         best = max(models, key=lambda pair: metrics.der(lab.before, lab.measure(pair[1])))
+    print(f"{name}: the best threshold by the test images is {best[0]:g}")
     return lab.row(
         name, VARIANT, best[1], budget=budget, seconds=seconds[0], config=config, measures={"threshold": best[0]}
     )

@@ -99,6 +99,22 @@ def variants_figure(
     return lines_figure(pd.concat([usual.assign(variant="default"), ablated]), "variant", f", {budget} images")
 
 
+def ladder_figure(rows: pd.DataFrame) -> plt.Figure:
+    """ACC and ASR from ANP to AWM, one step at a time, at the budget at which the steps were measured."""
+    pairs = zip(rows["defense"], rows["variant"], strict=True)
+    rows = rows.assign(step=[LADDER.get(pair) for pair in pairs]).dropna(subset="step")
+    measured = rows[rows["defense"] == "anp"]
+    if measured.empty:
+        return empty_figure()
+    rows = rows[rows["budget"].isin(measured["budget"].mode()[:1])]
+    order = list(LADDER.values())
+    return lines_figure(
+        rows.sort_values("step", key=lambda column: column.map(order.index)),
+        "step",
+        f", {rows['budget'].iloc[0]} images",
+    )
+
+
 def rates_figure(rows: pd.DataFrame) -> plt.Figure:
     """ASR and ACC over the poison rate, without a defense and with CBD."""
     chosen = rows[rows["variant"] == "default"]
@@ -278,6 +294,14 @@ def setting_title(rows: pd.DataFrame) -> str:
 
 
 AWM = [("awm", "soft"), ("awm", "thresholded"), ("fine_tuning", "default")]
+# From ANP to AWM (arXiv:2207.04497, Table 4): defense and variant of each step, and how it is called.
+LADDER = {
+    ("anp", "ANP"): "ANP",
+    ("anp", "weight masks"): "a mask for each weight",
+    ("anp", "soft masks"): "soft masks",
+    ("awm", "gamma=0"): "a recovered trigger",
+    ("awm", "soft"): "L1 norm: AWM",
+}
 RNP = [("rnp", "default"), ("fine_tuning", "default")]
 FT_SAM = [("ft_sam", "default"), ("fine_tuning", "default")]
 # Paper -> name of the figure -> how it is drawn from the paper's rows.
@@ -285,6 +309,7 @@ FIGURES: dict[str, dict[str, Callable[[pd.DataFrame], plt.Figure]]] = {
     "awm": {
         "budget": lambda rows: budget_figure(rows, AWM),
         "sensitivity": lambda rows: variants_figure(rows, "awm", "soft", ("thresholded",)),
+        "ladder": ladder_figure,
     },
     "cbd": {
         "ablation": lambda rows: variants_figure(rows, "cbd"),

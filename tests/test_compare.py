@@ -148,6 +148,27 @@ def test_detection_reads_the_three_methods(lab, monkeypatch):
     assert compare.detection(elsewhere)["rnp_right"] == 1.0
 
 
+def test_a_run_that_was_cut_off_goes_on(lab, counted, monkeypatch, tmp_path):
+    measured = tmp_path / "measured.csv"
+
+    def interrupted(held, config, generator, watch):
+        raise KeyboardInterrupt
+
+    method = catalog.METHODS["during"]
+    monkeypatch.setitem(catalog.METHODS, "during", replace(method, call=interrupted))
+    with pytest.raises(KeyboardInterrupt):
+        compare.rows(lab, ["after", "during"], results.load(), measured=measured)
+    assert results.load(measured)["defense"].tolist() == ["after", "none"] and [name for name, *_ in counted] == [
+        "after"
+    ]
+    monkeypatch.setitem(catalog.METHODS, "during", method)
+    rows = compare.rows(lab, ["after", "during"], results.load(), measured=measured)
+    assert [name for name, *_ in counted] == ["after", "during"]  # not "after" again
+    assert [row["defense"] for row in rows] == ["none", "after", "during"]
+    compare.rows(compare.control(lab), ["after"], results.load(), variant=results.CONTROL, measured=measured)
+    assert len(results.load(measured)) == 5  # rows of both networks side by side
+
+
 def test_stored_rows_may_be_none_at_all(lab):
     assert (
         compare.same_run(

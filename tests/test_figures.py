@@ -89,7 +89,7 @@ def test_report_collects_rows_once_and_draws_them(tmp_path, rows):
             "attacks.png",
             "awm_rows.csv",
             "ledger.csv",
-            *(f"awm_{n}.{s}" for n in ("budget", "sensitivity") for s in ("png", "svg")),
+            *(f"awm_{n}.{s}" for n in ("budget", "sensitivity", "ladder") for s in ("png", "svg")),
         ]
     )
 
@@ -404,3 +404,19 @@ def test_the_ledger_is_written_from_the_rows_beside_it(tmp_path):
     found = pd.read_csv(tmp_path / "ledger.csv")
     assert set(found["defense"]) == {"anp"} and len(found) == (results.published()["defense"] == "anp").sum()
     assert (found["verdict"] != "not available").any() and found["source"].notna().all()
+
+
+def test_the_ladder_goes_from_anp_to_awm_at_one_budget():
+    pairs = [
+        ("awm", "soft"),
+        ("awm", "gamma=0"),
+        ("anp", "soft masks"),
+        ("anp", "weight masks"),
+        ("anp", "ANP"),
+        ("awm", "tau=10"),
+    ]
+    rows = [row(defense=d, variant=v, budget=200) for d, v in pairs] + [row(defense="awm", variant="soft", budget=10)]
+    figure = report.ladder_figure(results.table(rows))
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(report.LADDER.values())
+    assert sum(len(points.get_offsets()) for points in figure.axes[0].collections) == 10  # ACC and ASR of five steps
+    plt.close(figure)

@@ -39,7 +39,7 @@ ALLOWED = {
     },  # never triggers, attacks, poison, metrics
     "experiment": {"attacks", "data", "metrics", "models", "poison", "profiles", "results", "store", "train"},
     "compare": {"defenses", "experiment", "poison", "results", "selection", "train"},
-    "oracle": {"compare", "defenses", "experiment", "masks", "metrics", "selection", "train"},
+    "oracle": {"compare", "defenses", "experiment", "masks", "metrics", "results", "selection", "train"},
     "grid": {"data", "experiment", "files", "profiles"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
