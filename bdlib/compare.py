@@ -87,6 +87,18 @@ def rows(
     return kept(each_row(lab, names, stored, variant=variant, detect=detect, watch=watch), measured)
 
 
+def overview(lab: Lab) -> pd.DataFrame:
+    """What each method gets, and the settings that its own rule changes for this lab: those that are not the method's default."""
+    source, lines = held(lab), {}
+    for name, method in catalog.METHODS.items():
+        config = method.config(source)
+        default = {field.name: field.default for field in dataclasses.fields(config)}
+        changed = {key: value for key, value in vars(config).items() if value != default[key]}
+        plain = {key: value for key, value in changed.items() if not dataclasses.is_dataclass(value)}
+        lines[name] = {"gets": method.needs, "settings": ", ".join(f"{key} {value}" for key, value in plain.items())}
+    return pd.DataFrame(lines).T
+
+
 def each_row(
     lab: Lab, names: Sequence[str], stored: pd.DataFrame, *, variant: str, detect: bool, watch: Watch
 ) -> Iterator[dict[str, object]]:

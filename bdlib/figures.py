@@ -194,6 +194,8 @@ def costs(rows: pd.DataFrame, ax: Axes, x: str, xlabel: str, scale: str) -> Axes
         color="black", linestyle="none", marker="|", markersize=10, errorbar=None, estimator="median", **common
     )
     ax.set(xscale=scale, xlabel=xlabel, ylabel="")
+    if scale == "linear":
+        ax.set_xlim(left=0)
     ax.grid(axis="y", linewidth=0.3)
     return ax
 

@@ -171,11 +171,14 @@ def heatmap_figure(rows: pd.DataFrame) -> plt.Figure:
     rows = at_usual_budget(all_five(rows))
     if rows.empty:
         return empty_figure()
-    order = {"index": rows["method"].unique(), "columns": rows["attack"].unique()}
-    width, height = 3 + 2.1 * len(order["columns"]), 0.8 + 0.24 * len(order["index"])
-    figure, axes = plt.subplots(1, 3, figsize=(width, height), layout="constrained", sharey=True)
-    for value, ax in zip(("acc", "asr", "der"), axes, strict=True):
-        table = rows.pivot_table(index="method", columns="attack", values=value).reindex(**order)
+    methods, attacks = rows["method"].unique(), list(rows["attack"].unique())
+    # DER weighs what an attack lost, and the control has none.
+    shown = {"acc": attacks, "asr": attacks, "der": [name for name in attacks if name != results.CONTROL]}
+    widths = [len(columns) for columns in shown.values()]
+    size = (3 + 0.7 * sum(widths), 0.8 + 0.24 * len(methods))
+    figure, axes = plt.subplots(1, 3, figsize=size, width_ratios=widths, layout="constrained", sharey=True)
+    for (value, columns), ax in zip(shown.items(), axes, strict=True):
+        table = rows.pivot_table(index="method", columns="attack", values=value).reindex(index=methods, columns=columns)
         figures.heatmap(table, ax, value.upper(), good_is_high=value != "asr", low=50 if value == "der" else 0)
     figure.suptitle(setting_title(rows.assign(attack=f"{rows['budget'].mode()[0]} clean images")), fontsize=10)
     return figure
@@ -220,9 +223,9 @@ def suspects(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def detection_figure(rows: pd.DataFrame) -> plt.Figure:
-    """ROC curves of three detectors over the stored networks, backdoored and clean."""
+    """ROC curves of three detectors over the stored networks, two at least with a backdoor and two without."""
     networks = suspects(rows)
-    if networks.empty or networks["backdoored"].nunique() < 2:
+    if min((networks["backdoored"] == value).sum() for value in (0, 1)) < 2:
         return empty_figure()
     figure, ax = plt.subplots(figsize=(4.6, 4.2), layout="constrained")
     figures.roc(networks["backdoored"], {name: networks[score] for score, name in DETECTORS.items()}, ax)
@@ -280,7 +283,7 @@ def asr_beside_acc(rows: pd.DataFrame, draw: Callable[[pd.DataFrame, str, Axes],
 def empty_figure() -> plt.Figure:
     """What is drawn where no rows are stored."""
     figure, ax = plt.subplots(figsize=(6, 1))
-    ax.text(0.5, 0.5, "no stored rows of this kind: run `make figures`", ha="center", va="center")
+    ax.text(0.5, 0.5, "no stored rows of this kind, or too few: run `make figures`", ha="center", va="center")
     ax.set_axis_off()
     return figure
 

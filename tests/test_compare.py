@@ -106,6 +106,15 @@ def test_an_unknown_method_is_refused(counted, methods):
         compare.chosen(methods)
 
 
+def test_the_overview_shows_what_a_methods_rule_changed(lab):
+    """With 20 images ANP makes fewer steps on smaller batches."""
+    table = compare.overview(lab)
+    assert table.index.tolist() == list(catalog.METHODS)
+    assert table.loc["anp", "settings"] == "steps 400, batch_size 32" and table.loc["anp", "gets"] == "clean images"
+    assert table.loc["linf_pruning", "settings"] == "" and table.loc["ep", "gets"] == "both"
+    assert table.loc["fine_tuning", "settings"] == "batch_size 256, drop_last False"
+
+
 def test_extras_are_named_with_commas():
     assert compare.chosen_extras("") == [] and compare.chosen_extras("oracle, control") == ["oracle", "control"]
     with pytest.raises(ValueError, match="extras must be out of control, oracle, detection, or empty, got orcale"):
