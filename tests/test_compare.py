@@ -1,12 +1,14 @@
 """All methods under one protocol: what each is given, which rows are read, what a failure leaves, the control."""
 
+import dataclasses
+import json
 from dataclasses import replace
 
 import pandas as pd
 import pytest
 import torch
 
-from bdlib import compare, data, experiment, profiles, results
+from bdlib import compare, data, experiment, models, profiles, results
 from bdlib.defenses import catalog
 from bdlib.selection import NoResult
 from bdlib.train import TrainConfig
@@ -82,6 +84,22 @@ def test_a_method_that_gives_up_leaves_the_network(lab, counted, capsys):
     row = compare.rows(lab, ["hopeless"], results.load())[1]
     assert row["measures"] == '{"failed": 1.0}' and row["der"] == 0.5 and row["acc"] == row["acc_before"]
     assert "hopeless: no threshold is small enough" in capsys.readouterr().out
+
+
+def test_the_stored_rows_are_of_the_methods_as_they_are():
+    """Else 06 would measure at its defaults what it claims to read: after a change of a method's settings, `make figures`."""
+    train, _ = data.load("signs")
+    model = models.build(
+        "preact_resnet18:8", train.images, len(train.classes), generator=torch.Generator().manual_seed(0)
+    )
+    held = catalog.Held(
+        model=model, clean=train.subset(slice(200)), train_set=train, make_model=lambda generator: model
+    )
+    stored = experiment.stored_rows("all_five_rows").query("budget == 200 and defense != 'none'")
+    assert set(compare.chosen("post-training")) <= set(stored["defense"])
+    for row in stored.itertuples():
+        config = dataclasses.asdict(catalog.METHODS[row.defense].config(held))
+        assert json.loads(row.config) == json.loads(json.dumps(config)), row.defense
 
 
 def test_any_other_error_is_not_taken_for_a_result(lab, counted, monkeypatch):
