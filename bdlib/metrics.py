@@ -42,9 +42,9 @@ def confusion(model: nn.Module, test: Dataset) -> pd.DataFrame:
 
 
 def visibility(clean: torch.Tensor, triggered: torch.Tensor) -> dict[str, float]:
-    """How far triggered images are from clean ones, both float32 (N, C, H, W) in [0, 1], means over the images, by torchmetrics.
+    """How far triggered images are from clean ones, both float32 (N, C, H, W) in [0, 1], by torchmetrics.
 
-    psnr           peak signal-to-noise ratio, dB: higher is harder to see (infinite where nothing changed)
+    psnr           peak signal-to-noise ratio of all pixels, dB: higher is harder to see (infinite only where no image changed)
     ssim           structural similarity: 1 = the same
     largest        largest change of a pixel, 1 = black to white
     share_changed  share of the pixels that changed at all
@@ -53,7 +53,7 @@ def visibility(clean: torch.Tensor, triggered: torch.Tensor) -> dict[str, float]
 
     change = (triggered - clean).abs()
     return {
-        "psnr": float(peak_signal_noise_ratio(triggered, clean, data_range=1.0, dim=(1, 2, 3))),
+        "psnr": float(peak_signal_noise_ratio(triggered, clean, data_range=1.0)),
         "ssim": float(structural_similarity_index_measure(triggered, clean, data_range=1.0)),
         "largest": float(change.amax((1, 2, 3)).mean()),
         "share_changed": float((change.amax(1) > 0).float().mean()),

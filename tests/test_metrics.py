@@ -86,6 +86,8 @@ def test_visibility_by_hand():
     seen = metrics.visibility(clean, triggered)
     assert seen["psnr"] == pytest.approx(-10 * math.log10(0.01 / 4), rel=1e-4)  # -10 log10 of the mean squared change
     assert seen["largest"] == pytest.approx(0.1, rel=1e-4) and seen["share_changed"] == 0.25
+    triggered[0] = clean[0]  # an image that has the trigger's pixels already does not make the mean infinite
+    assert metrics.visibility(clean, triggered)["psnr"] == pytest.approx(-10 * math.log10(0.01 / 8), rel=1e-4)
     same = metrics.visibility(clean, clean.clone())
     assert same["psnr"] == math.inf and same["ssim"] == pytest.approx(1) and seen["ssim"] < 0.99
     assert same["largest"] == same["share_changed"] == 0
