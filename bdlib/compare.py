@@ -45,11 +45,8 @@ def chosen(methods: str) -> list[str]:
     Raises ValueError for a name that is no method.
     """
     if methods in GROUPS:
-        in_training = {name for name, method in catalog.METHODS.items() if method.needs == "training set"}
-        kept = {"all": set(catalog.METHODS), "in training": in_training}.get(
-            methods, catalog.METHODS.keys() - in_training
-        )
-        return [name for name in catalog.METHODS if name in kept]
+        trains = {name: method.needs == "training set" for name, method in catalog.METHODS.items()}
+        return [name for name in trains if methods == "all" or trains[name] == (methods == "in training")]
     names = [name.strip() for name in methods.split(",")]
     unknown = [name for name in names if name not in catalog.METHODS]
     if unknown:

@@ -36,7 +36,12 @@ def method_name(defense: str, variant: str) -> str:
     name = " + ".join(_NAMES.get(part, part.upper().replace("_", "-")) for part in defense.split(" + "))
     if (defense, variant) == ("awm", "thresholded"):
         return "AWM, mask thresholded"
-    return name if variant == _USUAL_VARIANT.get(defense, "default") or variant == "default" else f"{name}, {variant}"
+    return name if is_usual(defense, variant) else f"{name}, {variant}"
+
+
+def is_usual(defense: str, variant: str) -> bool:
+    """Whether this is the defense as it is by default, in 06 or in its paper's own notebook."""
+    return variant in ("default", _USUAL_VARIANT.get(defense))
 
 
 def labels(rows: pd.DataFrame) -> list[str]:

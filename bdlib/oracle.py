@@ -1,6 +1,7 @@
 """What it costs to choose a threshold without the trigger: the best one by the test images, which no defender can know."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -19,15 +20,11 @@ VARIANT = "oracle threshold"
 Models = Iterator[tuple[float, nn.Module]]  # each threshold with the network that it leaves
 
 
-def anp_models(held: Held, config: anp.AnpConfig, generator: torch.Generator, watch: Watch) -> Models:
-    """Of ANP's masks."""
-    masks = anp.run(held.model, held.clean, config, generator=generator, watch=watch).masks
-    return ((threshold, prune(held.model, masks, threshold)) for threshold in config.thresholds)
-
-
-def rnp_models(held: Held, config: rnp.RnpConfig, generator: torch.Generator, watch: Watch) -> Models:
-    """Of RNP's masks."""
-    masks = rnp.run(held.model, held.clean, config, generator=generator, watch=watch).masks
+def mask_models(
+    run: Callable, held: Held, config: anp.AnpConfig | rnp.RnpConfig, generator: torch.Generator, watch: Watch
+) -> Models:
+    """Of the masks that the method's `run` learns."""
+    masks = run(held.model, held.clean, config, generator=generator, watch=watch).masks
     return ((threshold, prune(held.model, masks, threshold)) for threshold in config.thresholds)
 
 
@@ -49,10 +46,10 @@ def outlier_models(model: nn.Module, values: Values, config: OutlierConfig) -> M
 
 # Methods that choose a threshold by clean accuracy.
 SWEEPS: dict[str, Callable[[Held, object, torch.Generator, Watch], Models]] = {
-    "anp": anp_models,
+    "anp": partial(mask_models, anp.run),
     "clp": clp_models,
     "bnp": bnp_models,
-    "rnp": rnp_models,
+    "rnp": partial(mask_models, rnp.run),
 }
 
 

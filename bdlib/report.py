@@ -49,8 +49,9 @@ def save_ledger(out: Path) -> None:
 
 def usual(rows: pd.DataFrame) -> pd.DataFrame:
     """The rows of each method as it is by default, each run once; also those of the papers' own notebooks."""
-    names = [figures.method_name(*pair) for pair in zip(rows["defense"], rows["variant"], strict=True)]
-    rows = rows.assign(method=names, variant="default").loc[["," not in name for name in names]]
+    pairs = list(zip(rows["defense"], rows["variant"], strict=True))
+    names = [figures.method_name(*pair) for pair in pairs]
+    rows = rows.assign(method=names, variant="default").loc[[figures.is_usual(*pair) for pair in pairs]]
     return rows.drop_duplicates(
         ["profile", "dataset", "arch", "attack", "poison_rate", "target_label", "budget", "defense", "seed"]
     )

@@ -52,7 +52,7 @@ def test_the_methods_own_choice_is_among_the_oracles(lab, few_steps, name):  # n
 
 def test_the_sweep_is_over_the_configs_thresholds(lab, few_steps):  # noqa: F811
     source, config = compare.held(lab), few_steps["anp"]
-    found = dict(oracle.anp_models(source, config, lab.setting.generator("anp"), iter))
+    found = dict(oracle.SWEEPS["anp"](source, config, lab.setting.generator("anp"), iter))
     assert tuple(found) == config.thresholds
     masks = anp.run(source.model, source.clean, config, generator=lab.setting.generator("anp")).masks
     assert same(state(found[0.5]), state(prune(lab.model, masks, 0.5)))
