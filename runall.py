@@ -3,9 +3,11 @@
 
 examples:
   python runall.py                                        every notebook at its defaults (quick profile, no download)
-  python runall.py --only 02_awm --budget 10 50 200 --seed 0 1 2
+  python runall.py --only 02_awm --budget 10 50 200 --seed 0 1 2 --workers 2
   python runall.py --only 02_awm --dataset cifar10 --budget 500 1/class
   python runall.py --only 02_awm --profile paper --dataset gtsrb --budget 5% --attack badnets blended --dry-run
+  python runall.py --seed 0 1 2 --status                  what is done, running, failed, missing, and the time left
+  python runall.py --seed 0 1 2 --scheduler tcp://host:8786   on a Dask cluster that is there already (see CLUSTER.md)
 
 A finished run is skipped the next time, unless its notebook, its parameters or bdlib changed.  A killed run loses only what
 was in flight: give the same command again.  Exit: 0 all well, 1 a run failed, 2 the arguments are wrong, 130 Ctrl-C.
@@ -14,18 +16,21 @@ was in flight: give the same command again.  Exit: 0 all well, 1 a run failed, 2
 import argparse
 import ast
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pandas as pd
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from bdlib import data, grid, models, profiles, results
+from bdlib import data, files, grid, models, page, profiles, results, runs, schedule, store
 from bdlib.attacks import catalog
 from bdlib.experiment import home, project_root
+from bdlib.grid import Run
+from bdlib.job import Outcome
+from bdlib.live import Live
 
 NOTEBOOKS = project_root() / "notebooks"
 console = Console()
@@ -33,32 +38,52 @@ console = Console()
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    if not (runs := planned(options)):
-        return 2
-    skipped, waiting = [], []
-    for run in runs:
-        (skipped if run.finished() and not options.force else waiting).append(run)
-    if options.dry_run:
-        show_plan(waiting, skipped)
-        return 0
+    options.out = files.place(options.out or home())
+    if files.on_disk(options.out):
+        options.out = options.out.resolve()
     try:
-        try:
-            failed = run_each(waiting, options)
-        finally:
-            rows = write_results(runs, options.out)
+        return (collect if options.collect else plan_and_do)(options)
+    except ValueError as error:
+        complain(error)
+        return 2
     except KeyboardInterrupt:
         say("[bold]stopped.[/] What was finished is kept; the same command goes on from there.")
         return 130
     except OSError as error:
-        print(f"runall.py: {error}. What was finished is kept; the same command goes on from there.", file=sys.stderr)
+        complain(f"{error}. What was finished is kept; the same command goes on from there.")
         return 1
+
+
+def plan_and_do(options: argparse.Namespace) -> int:
+    if not (whole := planned(options)):
+        return 2
+    if options.status or options.dry_run:
+        (show_status if options.status else show_plan)(whole, options)
+        return 0
+    return carry_out(whole, options)
+
+
+def carry_out(whole: list[Run], options: argparse.Namespace) -> int:
+    """Run what is not finished, then write the rows, the figures and the page of everything that is; the exit code."""
+    store.require_writable(home() / "store")
+    runs.claim(options.out, mixed=options.mix_versions)
+    waiting = to_do(whole, options)
+    if options.force:
+        for run in waiting:
+            (run.folder / "done.json").unlink(missing_ok=True)  # what is to be done is not done, should this be cut off
+    try:
+        failed = run_each(waiting, options)
+    finally:
+        rows = write_results(whole, options.out)
     if not rows.empty:
         console.print(means_table(rows))
     done = len(waiting) - len(failed)
-    say(f"{len(runs)} runs: {done} done now, {len(skipped)} finished before, {len(failed)} failed")
+    say(f"{len(whole)} runs: {done} done now, {len(whole) - len(waiting)} finished before, {len(failed)} failed")
     if not rows.empty:
         say(f"rows: {escape(str(options.out / 'results.csv'))}   figures: {escape(str(options.out / 'figures'))}")
-        say(f"notebooks: {escape(str(options.out))}/NOTEBOOK/RUN/executed.ipynb")
+    say(
+        f"page: {escape(str(options.out / 'index.html'))}   notebooks: {escape(str(options.out))}/NOTEBOOK/RUN/executed.ipynb"
+    )
     return 1 if failed else 0
 
 
@@ -97,11 +122,37 @@ def parser() -> argparse.ArgumentParser:
         help="any other parameter of the notebooks: --set ablations=True",
     )
     p.add_argument(
-        "--out", type=Path, default=None, help="folder for executed notebooks, rows and figures (default: runs)"
+        "--out",
+        default=None,
+        help="folder, or URL on an object store, for executed notebooks, rows and figures (default: runs)",
     )
+    p.add_argument(
+        "--workers", type=positive, metavar="N", help="runs at once here (default: one a GPU, or one for two cores)"
+    )
+    p.add_argument(
+        "--scheduler", metavar="ADDRESS", help="hand the runs to this Dask scheduler's workers: tcp://host:8786"
+    )
+    p.add_argument("--shard", type=shard, metavar="I/N", help="the I-th of N parts; a model's runs stay in one part")
     p.add_argument("--timeout", type=float, metavar="MINUTES", help="end a run that takes longer, as failed")
-    p.add_argument("--dry-run", action="store_true", help="check everything, show what would run, run nothing")
+    p.add_argument(
+        "--keep-going",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on with the others after a failed run (default), or stop there",
+    )
     p.add_argument("--force", action="store_true", help="run again what is finished")
+    p.add_argument("--only-failed", action="store_true", help="run only what failed the last time")
+    p.add_argument("--mix-versions", action="store_true", help="use an --out that another version of bdlib wrote to")
+    look = p.add_mutually_exclusive_group()
+    look.add_argument(
+        "--dry-run", action="store_true", help="check everything, show what would run and how long; run nothing"
+    )
+    look.add_argument("--status", action="store_true", help="count what is done, running, failed, missing; run nothing")
+    look.add_argument(
+        "--collect",
+        action="store_true",
+        help="all rows below --out, of any grid, into all_rows.csv and all_rows.parquet; run nothing",
+    )
     return p
 
 
@@ -109,19 +160,39 @@ def budget(text: str) -> int | str:
     return int(text) if text.lstrip("-").isdecimal() else text
 
 
-def planned(options: argparse.Namespace) -> list[grid.Run]:
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
+    return int(text)
+
+
+def shard(text: str) -> tuple[int, int]:
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"must be I/N with 1 <= I <= N, got {text!r}")
+    return int(part), int(parts)
+
+
+def planned(options: argparse.Namespace) -> list[Run]:
     """The runs asked for; none, after saying everything that is wrong, if they may not start."""
-    options.out = (options.out or home()).resolve()
-    try:
-        profiles.require(options.profile)
-        axes = {name: getattr(options, name) for name in grid.AXES}
-        runs = grid.plan(notebooks(options.only), options.profile, axes, extra_parameters(options.set), options.out)
-        wrong = grid.complaints(runs)
-    except ValueError as error:
-        runs, wrong = [], [str(error)]
-    for line in wrong:
-        print(f"runall.py: {line}", file=sys.stderr)
-    return [] if wrong else runs
+    profiles.require(options.profile)
+    axes = {name: getattr(options, name) for name in grid.AXES}
+    whole = grid.plan(notebooks(options.only), options.profile, axes, extra_parameters(options.set), options.out)
+    for line in (wrong := grid.complaints(whole)):
+        complain(line)
+    if options.shard and not wrong:
+        return grid.shard(whole, *options.shard)
+    return [] if wrong else whole
+
+
+def to_do(whole: list[Run], options: argparse.Namespace) -> list[Run]:
+    """The runs that are to be started."""
+    known = runs.states(whole, options.out)
+    if options.force:
+        return whole
+    if options.only_failed:
+        return [run for run in whole if known[run.folder].word == "failed"]
+    return [run for run in whole if known[run.folder].word != "done"]
 
 
 def all_notebooks() -> dict[str, Path]:
@@ -142,6 +213,8 @@ def extra_parameters(pairs: list[str]) -> dict[str, object]:
         name, equals, text = pair.partition("=")
         if not equals:
             raise ValueError(f"--set takes NAME=VALUE, got {pair!r}")
+        if name in extra:
+            raise ValueError(f"given twice for the same run: --set {name}")
         try:
             extra[name] = ast.literal_eval(text)
         except (ValueError, SyntaxError):
@@ -149,48 +222,103 @@ def extra_parameters(pairs: list[str]) -> dict[str, object]:
     return extra
 
 
-def run_each(waiting: list[grid.Run], options: argparse.Namespace) -> list[grid.Run]:
-    """Run one after the other with a live display; the runs that failed."""
+def run_each(waiting: list[Run], options: argparse.Namespace) -> list[Run]:
+    """Run them with a live display; the runs that failed."""
+    if not waiting:
+        return []
     failed = []
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.completed:.0f}/{task.total:.0f} {task.fields[unit]}"),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True) as display:
-        whole = display.add_task("all runs", total=len(waiting), unit="runs")
-        for run in waiting:
-            task = display.add_task(run.name, total=1, unit="cells")
-            seconds_limit = options.timeout * 60 if options.timeout else None
-            well, seconds = grid.execute(
-                run, lambda cell, cells, t=task: display.update(t, completed=cell, total=cells or 1), seconds_limit
-            )
-            display.remove_task(task)
-            display.advance(whole)
-            if well:
-                say(f"[green]done[/]    {escape(run.name)}  {seconds:.0f} s")
-            else:
-                failed.append(run)
-                say(f"[red]FAILED[/]  {escape(run.name)}  {seconds:.0f} s: {escape(grid.last_error(run))}")
-                say(f"        log: {escape(str(run.folder / 'log.txt'))}")
+    limit = options.timeout * 60 if options.timeout else None
+    threads = schedule.threads(options.workers, options.scheduler)
+    with schedule.cluster(options.workers, options.scheduler) as client, Live(console, len(waiting)) as live:
+        say(f"Dask's dashboard: {client.dashboard_link}")
+        ended = schedule.run_all(
+            waiting,
+            client,
+            threads=threads,
+            timeout=limit,
+            on_start=live.starts,
+            on_model=live.model_ended,
+            tell=live.tell,
+        )
+        with closing(ended):
+            for run, outcome in ended:
+                live.run_ended()
+                say_outcome(run, outcome)
+                if not outcome.well:
+                    failed.append(run)
+                if failed and not options.keep_going:
+                    break
     return failed
 
 
-def show_plan(waiting: list[grid.Run], skipped: list[grid.Run]) -> None:
+def say_outcome(run: Run, outcome: Outcome) -> None:
+    again = " (second try)" if outcome.tries > 1 else ""
+    if outcome.well:
+        say(f"[green]done[/]    {escape(run.name)}  {outcome.seconds:.0f} s{again}")
+    else:
+        say(f"[red]FAILED[/]  {escape(run.name)}  {outcome.seconds:.0f} s{again}: {escape(outcome.error)}")
+        say(f"        log: {escape(str(run.folder / 'log.txt'))}")
+
+
+def show_plan(whole: list[Run], options: argparse.Namespace) -> None:
+    """The manifest: every run that would start, with the time that runs like it took."""
+    waiting, past = to_do(whole, options), runs.estimates(options.out)
     for run in waiting:
-        say(f"would run  {escape(run.name)}")
-    say(f"{len(waiting)} runs to do, {len(skipped)} finished before; nothing was started")
+        seconds = runs.estimate(run, past)
+        print(f"would run  {run.name}" + (f"  about {clock(seconds)}" if seconds else ""))
+    print(f"{len(waiting)} runs to do, {len(whole) - len(waiting)} finished before; nothing was started")
+    print(time_left(waiting, past, options))
 
 
-def write_results(runs: list[grid.Run], out: Path) -> pd.DataFrame:
-    """The rows of every finished run of this grid; writes them to OUT/results.csv and draws OUT/figures/ from them."""
+def show_status(whole: list[Run], options: argparse.Namespace) -> None:
+    known = runs.states(whole, options.out)
+    for word in runs.WORDS:
+        print(f"{word:8} {sum(state.word == word for state in known.values())}")
+    for run in whole:
+        state = known[run.folder]
+        if state.word in ("running", "failed"):
+            print(f"{state.word}  {run.name}" + (f": {state.error}" if state.error else ""))
+    print(time_left([run for run in whole if known[run.folder].word != "done"], runs.estimates(options.out), options))
+
+
+def time_left(waiting: list[Run], past: dict, options: argparse.Namespace) -> str:
+    """How long these runs take, by the seconds of finished ones."""
+    guesses = [runs.estimate(run, past) for run in waiting]
+    known = [seconds for seconds in guesses if seconds is not None]
+    if guesses and not known:
+        return f"time left: unknown, as no run like the {len(waiting)} to do is finished"
+    workers = options.workers or schedule.default_workers()
+    missing = (
+        f", and {len(guesses) - len(known)} runs of which none like them is finished"
+        if len(known) < len(guesses)
+        else ""
+    )
+    return f"time left: about {clock(sum(known) / workers)} with {workers} at once{missing}"
+
+
+def clock(seconds: float) -> str:
+    """Hours and minutes, or seconds where there are few."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:02.0f} min" if seconds >= 3600 else f"{seconds / 60:.0f} min"
+
+
+def collect(options: argparse.Namespace) -> int:
+    out, rows = options.out, runs.collect(options.out)
+    say(f"{len(rows)} rows: {escape(str(out / 'all_rows.csv'))}, {escape(str(out / 'all_rows.parquet'))}")
+    return 0
+
+
+def write_results(whole: list[Run], out: Path) -> pd.DataFrame:
+    """The rows of every finished run of this grid; written to OUT/results.csv, drawn in OUT/figures/, shown in OUT/index.html."""
     from bdlib import report  # brings matplotlib and seaborn: too slow for --help
 
-    rows = results.load(*(run.folder / "rows.csv" for run in runs if run.finished()))
+    known = runs.states(whole, out)
+    rows = runs.rows(run.folder for run in whole if known[run.folder].word == "done")
     if not rows.empty:
         results.save(rows, out / "results.csv")
         report.draw_batch(rows, out / "figures")
+    page.write(out, whole, known, rows)
     return rows
 
 
@@ -202,6 +330,10 @@ def means_table(rows: pd.DataFrame) -> Table:
         defense = row.defense if row.variant == "default" else f"{row.defense}, {row.variant}"
         table.add_row(row.notebook, f"{row.dataset}, {row.attack}", str(row.budget), defense, *shares, str(row.seeds))
     return table
+
+
+def complain(problem: object) -> None:
+    print(f"runall.py: {problem}", file=sys.stderr)
 
 
 def say(line: str) -> None:

@@ -5,6 +5,7 @@ import re
 import tempfile
 import zipfile
 import zlib
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from http.client import HTTPException
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bdlib import signs, sources
 from bdlib.files import write_atomic
 from bdlib.sources import SOURCES
 
@@ -80,6 +82,8 @@ def load(name: str, root: str | Path = "data") -> tuple[Dataset, Dataset]:
     """
     if name.startswith("folder:"):
         arrays = SOURCES["folder"].fetch(name.removeprefix("folder:"))
+    elif name == "signs":
+        arrays = _drawn(Path(root))
     elif name in EMBEDDED:
         arrays = SOURCES[name].fetch()
     elif name in NAMES:
@@ -186,6 +190,19 @@ def hold_out(clean: Dataset, share: float, *, generator: torch.Generator) -> tup
     kept = torch.ones(len(clean), dtype=torch.bool)
     kept[held] = False
     return clean.subset(torch.nonzero(kept).flatten()), clean.subset(torch.tensor(held))
+
+
+def _drawn(root: Path) -> dict[str, np.ndarray]:
+    """The drawings, which take seconds, from a file of the data folder named by the code that draws them; it may be deleted."""
+    code = b"".join(Path(module.__file__).read_bytes() for module in (signs, sources))
+    path = root / f"signs-{hashlib.sha256(code).hexdigest()[:12]}.npz"
+    try:
+        return read_npz(path)
+    except (FileNotFoundError, ValueError):
+        arrays = SOURCES["signs"].fetch()
+    with suppress(OSError):  # a data folder that cannot be written: drawn each time
+        write_atomic(path, lambda file: np.savez(file, **arrays))
+    return arrays
 
 
 def _cached(name: str, root: Path) -> dict[str, np.ndarray]:

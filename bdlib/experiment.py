@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import bdlib
-from bdlib import data, metrics, models, poison, profiles, results, store, train
+from bdlib import data, files, metrics, models, poison, profiles, results, store, train
 from bdlib.attacks import catalog
 from bdlib.attacks.attacker import Attacker, Stamps
 from bdlib.data import Dataset
@@ -326,8 +326,8 @@ def project_root() -> Path:
 
 
 def home() -> Path:
-    """Where models and runs are kept: $BDLIB_HOME, or `runs/` of the project."""
-    return Path(os.environ.get("BDLIB_HOME") or project_root() / "runs")
+    """Where models and runs are kept: $BDLIB_HOME, a folder or a URL such as s3://bucket/folder, or `runs/` of the project."""
+    return files.place(os.environ.get("BDLIB_HOME") or project_root() / "runs")
 
 
 def data_root() -> Path:

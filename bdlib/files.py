@@ -1,6 +1,7 @@
-"""Writing a file whole or not at all."""
+"""Files and folders on a disk or an object store; a file is written whole or not at all."""
 
 import errno
+import io
 import os
 import secrets
 from collections.abc import Callable
@@ -8,11 +9,38 @@ from pathlib import Path
 from typing import BinaryIO
 
 
+def place(where: str | Path) -> Path:
+    """A path, or a URL on an object store (`s3://bucket/folder`), with the methods of pathlib either way.
+
+    Raises ValueError for a URL whose kind of store has no driver installed.
+    """
+    if "://" not in str(where):
+        return Path(where)
+    from upath import UPath
+
+    try:
+        found = UPath(where)
+        found.fs  # noqa: B018 - loads the driver
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"cannot use {where}: {error}") from error
+    return found
+
+
+def on_disk(path: Path) -> bool:
+    """Whether the path lies on a disk or a shared folder, not on an object store."""
+    return isinstance(path, Path)
+
+
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call `write` on a temporary file beside `path`, then put it in its place at once; folders are made.
 
     A kill or a full disk leaves the old file, or none.  Raises OSError that names the folder if the disk is full.
     """
+    if not on_disk(path):  # an object appears when all of it has arrived
+        whole = io.BytesIO()
+        write(whole)
+        path.write_bytes(whole.getvalue())
+        return
     partial = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

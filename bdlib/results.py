@@ -1,5 +1,6 @@
 """Rows of results: their columns, their files, and the comparison with published numbers."""
 
+import io
 import json
 from collections.abc import Iterable
 from importlib.resources import files
@@ -76,7 +77,8 @@ def save(rows: pd.DataFrame, path: Path) -> None:
 
 def load(*paths: Path) -> pd.DataFrame:
     """Rows of these CSV files, one below the other.  Raises ValueError for a file that is not one of results."""
-    tables = [pd.read_csv(path, dtype={"config": str, "dataset_sha256": str, "config_sha256": str}) for path in paths]
+    texts = {"config": str, "dataset_sha256": str, "config_sha256": str}
+    tables = [pd.read_csv(io.BytesIO(path.read_bytes()), dtype=texts) for path in paths]
     for path, rows in zip(paths, tables, strict=True):
         missing = [name for name in COLUMNS if name not in rows.columns]
         if missing:

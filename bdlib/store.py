@@ -1,8 +1,10 @@
 """Content-addressed store of trained weights: made once, checked on every read, shared by all notebooks and processes."""
 
+import functools
 import hashlib
 import json
 import logging
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from bdlib import locks
 from bdlib.files import write_atomic
 
 log = logging.getLogger(__name__)
@@ -29,27 +32,28 @@ def key(fields: dict) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:24]
 
 
+def require_writable(folder: Path) -> None:
+    """Raises ValueError that names the folder if nothing can be written there."""
+    probe = folder / f".probe-{secrets.token_hex(6)}"
+    try:
+        write_atomic(probe, lambda file: file.write(b"x"))
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"the store of models cannot be written, {folder}: {error}; BDLIB_HOME names another place"
+        ) from error
+
+
 def fetch(folder: Path, fields: dict, make: Callable[[], nn.Module]) -> Artifact:
     """The stored state of the model that `fields` describe; `make` trains it if it is not there or does not pass its checksum.
 
-    A lock keeps two processes from making the same one.  Weights are safetensors, `about` is JSON beside it; the JSON is
-    written last, so an artifact without it does not count.
+    folder: on a disk or an object store.  A lock keeps two processes from making the same one.  Weights are safetensors, `about` is
+    JSON beside it; the JSON is written last, so an artifact without it does not count.
     """
-    from filelock import FileLock, Timeout
-
     name = key(fields)
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / f"{name}.lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        log.warning("another process is making model %s: waiting for it", name)
-        lock.acquire()
-    try:
-        stored = _read(folder, name)
-        return stored or _write(folder, name, fields, make())
-    finally:
-        lock.release()
+    waiting = functools.partial(log.warning, "another process is making model %s: waiting for it", name)
+    with locks.hold(folder / f"{name}.lock", waiting):
+        return _read(folder, name) or _write(folder, name, fields, make())
 
 
 def _write(folder: Path, name: str, fields: dict, model: nn.Module) -> Artifact:

@@ -45,6 +45,36 @@ def network() -> nn.Module:
         )
 
 
+@pytest.fixture(scope="session")
+def s3():
+    """A server that speaks S3, for this process and those that it starts."""
+    import logging
+
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.WARNING)  # a line for each request otherwise
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    keys = {"AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test", "AWS_DEFAULT_REGION": "us-east-1"}
+    before = dict(os.environ)
+    os.environ |= keys | {"AWS_ENDPOINT_URL": f"http://{host}:{port}"}
+    yield
+    os.environ.clear()
+    os.environ |= before
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3, request):
+    """An empty bucket of the test's own."""
+    from upath import UPath
+
+    found = UPath(f"s3://{abs(hash(request.node.nodeid))}", use_listings_cache=False)
+    found.fs.mkdir(found.path)
+    return found
+
+
 @pytest.fixture
 def untouched():
     """Fails the test if the global random state changed in it."""

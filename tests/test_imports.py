@@ -16,10 +16,11 @@ ALLOWED = {
     "attacks": {"augment", "data", "explain", "randomness", "train", "triggers"},
     "results": {"files"},
     "figures": {"files"},
-    "store": {"files"},
+    "locks": {"files"},
+    "store": {"files", "locks"},
     "pictures": set(),
     "sources": {"pictures", "signs"},
-    "data": {"files", "sources"},
+    "data": {"files", "signs", "sources"},
     "models": {"randomness"},
     "train": {"augment", "data", "randomness"},
     "metrics": {"data", "train"},
@@ -37,10 +38,16 @@ ALLOWED = {
         "selection",
         "train",
     },  # never triggers, attacks, poison, metrics
-    "experiment": {"attacks", "data", "metrics", "models", "poison", "profiles", "results", "store", "train"},
+    "experiment": {"attacks", "data", "files", "metrics", "models", "poison", "profiles", "results", "store", "train"},
     "compare": {"defenses", "experiment", "poison", "results", "selection", "train"},
     "oracle": {"compare", "defenses", "experiment", "masks", "metrics", "results", "selection", "train"},
-    "grid": {"data", "experiment", "files", "profiles"},
+    "grid": {"data", "experiment", "profiles"},
+    "runs": {"files", "grid", "locks", "results"},
+    "child": {"experiment", "files", "locks"},
+    "job": {"child", "experiment", "files", "grid"},
+    "schedule": {"grid", "job"},
+    "live": set(),
+    "page": {"files", "grid", "results", "runs"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 

@@ -1,0 +1,119 @@
+"""One job in a process of its own: `python -m bdlib.child`, with the job as JSON on its standard input.
+
+A job is a notebook to execute, or a backdoored model to make for the notebooks that wait for it.  The process ends itself when the
+one that started it dies, and its kernel with it: nothing goes on unseen after a kill.
+"""
+
+import json
+import os
+import shutil
+import sys
+import threading
+import time
+import traceback
+from pathlib import Path
+
+from bdlib import locks
+from bdlib.files import on_disk, place, write_atomic
+
+# The exit status that says: the kernel died or did not start, no cell is to blame, and another try may do.
+TRY_AGAIN = 75
+
+
+def main() -> int:
+    job, parent = json.loads(sys.stdin.read()), os.getppid()
+    threading.Thread(target=end_with, args=(parent, job["work"]), daemon=True).start()
+    if job["kind"] == "model":
+        model(job["setting"])
+        return 0
+    return notebook(job)
+
+
+def end_with(parent: int, work: str) -> None:
+    """End this process, its working folder too, when its parent is gone.  The kernel sees that and ends itself."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    shutil.rmtree(work, ignore_errors=True)
+    os._exit(1)
+
+
+def model(setting: dict) -> None:
+    """Make the backdoored model, and what its attack needs, unless the store has them."""
+    import torch
+
+    from bdlib import experiment  # brings torch, which a notebook's own process has no use for
+
+    experiment.prepare(experiment.Setting(**setting), "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def finished(folder: Path, key: str) -> bool:
+    """Whether the run with this key ended well in this folder."""
+    try:
+        done = json.loads((folder / "done.json").read_bytes())
+    except (OSError, ValueError):
+        return False
+    return done.get("key") == key and (folder / "rows.csv").exists()
+
+
+def notebook(job: dict) -> int:
+    """Execute the notebook with its parameters unless another process just did; done.json is written last."""
+    folder, work = place(job["folder"]), Path(job["work"])
+    with locks.hold(folder / ".lock", lambda: print("another process runs this notebook: waiting for it")):
+        if finished(folder, job["key"]):
+            return 0
+        for stale in ("done.json", "failed.json", "rows.csv"):
+            (folder / stale).unlink(missing_ok=True)
+        # On an object store the notebook writes to the working folder, which is copied up when it ends.
+        out = folder if on_disk(folder) else work / "out"
+        out.mkdir(parents=True, exist_ok=True)
+        start = time.perf_counter()
+        try:
+            status = execute(job, work, out)
+            if status == 0 and not (out / "rows.csv").exists():
+                print("Error: the notebook ended without rows.csv")
+                status = 1
+        finally:
+            as_page(out / "executed.ipynb")
+            if out != folder:
+                for path in (path for path in out.rglob("*") if path.is_file()):
+                    (folder / path.relative_to(out).as_posix()).write_bytes(path.read_bytes())
+        if status == 0:
+            done = {
+                "key": job["key"],
+                "parameters": job["parameters"],
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+            write_atomic(folder / "done.json", lambda file: file.write(json.dumps(done, indent=1).encode()))
+        return status
+
+
+def execute(job: dict, work: Path, out: Path) -> int:
+    """Run papermill; the exit status.  A cell's error is in the notebook and printed."""
+    import papermill
+    from nbclient.exceptions import DeadKernelError
+
+    source = work / "source.ipynb"
+    source.write_text(job["source"], encoding="utf-8")
+    parameters = job["parameters"] | {"out": str(out)}
+    try:
+        papermill.execute_notebook(str(source), str(out / "executed.ipynb"), parameters, cwd=str(work))
+    except Exception as error:
+        traceback.print_exc(file=sys.stdout)
+        no_start = isinstance(error, RuntimeError) and str(error).startswith(
+            "Kernel d"
+        )  # "didn't respond", "died before"
+        return TRY_AGAIN if isinstance(error, DeadKernelError) or no_start else 1
+    return 0
+
+
+def as_page(executed: Path) -> None:
+    """The executed notebook as a web page beside it, if papermill came far enough to write it."""
+    from nbconvert import HTMLExporter
+
+    if executed.exists():
+        page, _ = HTMLExporter().from_filename(str(executed))
+        write_atomic(executed.with_suffix(".html"), lambda file: file.write(page.encode()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""OUT/index.html: the rows, figures, notebooks and failures of a grid as a page that needs no server and no network."""
+
+import platform
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pandas as pd
+
+import bdlib
+from bdlib import results
+from bdlib.files import write_atomic
+from bdlib.grid import Run
+from bdlib.runs import State
+
+SHOWN = {
+    "notebook": "notebook", "dataset": "data", "arch": "network", "attack": "attack", "poison_rate": "poison rate", "budget": "budget",
+    "seed": "seed", "defense": "defense", "variant": "variant", "acc_before": "ACC before", "asr_before": "ASR before", "acc": "ACC",
+    "asr": "ASR", "ra": "RA", "der": "DER", "seconds": "seconds", "peak_memory_mb": "peak MB", "device": "device",
+}  # fmt: skip
+WORDS = ("notebook", "data", "network", "attack", "defense", "variant", "device")  # the columns that are not numbers
+
+
+def write(out: Path, whole: list[Run], known: dict[Path, State], rows: pd.DataFrame) -> None:
+    """Write the page; known: the state of each run by its folder; rows: of the finished ones."""
+    from jinja2 import Environment, PackageLoader
+
+    template = Environment(loader=PackageLoader("bdlib", "."), autoescape=True, trim_blocks=True).get_template(
+        "page.html.j2"
+    )
+    lines = [line(run, known[run.folder]) for run in whole]
+    heads = list(SHOWN.values())
+    text = template.render(
+        runs=lines,
+        done=sum(each["word"] == "done" for each in lines),
+        failures=[each for each in lines if each["word"] == "failed"],
+        made_of=made_of(rows),
+        heads=heads,
+        numbers=[index for index, head in enumerate(heads) if head not in WORDS],
+        rows=results.percent(rows)[list(SHOWN)].to_numpy().tolist(),
+        figures=sorted(path.name for path in (out / "figures").glob("*.png")),
+    )
+    write_atomic(out / "index.html", lambda file: file.write(text.encode()))
+
+
+def line(run: Run, state: State) -> dict[str, object]:
+    """What the page says of a run."""
+    place = f"{run.folder.parent.name}/{run.folder.name}"
+    shown = {"word": state.word, "seconds": state.seconds, "error": state.error, "traceback": state.traceback}
+    return {"name": run.name, "folder": place, "page": state.word in ("done", "failed"), **shown}
+
+
+def made_of(rows: pd.DataFrame) -> str:
+    """Versions and hardware."""
+    from importlib.metadata import version
+
+    when = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+    packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "torchvision", "papermill", "distributed"))
+    devices = ", ".join(sorted(rows["device"].astype(str).unique())) if len(rows) else "no row yet"
+    system = f"Python {platform.python_version()} on {platform.system()} {platform.machine()}"
+    return f"{when}. bdlib {bdlib.__version__}, {packages}, {system}; device: {devices}."

@@ -1,0 +1,127 @@
+"""What is known of the runs below an output folder, on a disk or an object store: finished, failed, running, how long they took.
+
+A run's folder holds `executed.ipynb`, `executed.html`, `log.txt`, the notebook's own `rows.csv`, and, written last, `done.json` or
+`failed.json`; `.lock` is held while it runs.
+"""
+
+import json
+import statistics
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+import bdlib
+from bdlib import locks, results
+from bdlib.files import write_atomic
+from bdlib.grid import Run
+
+WORDS = ("done", "running", "failed", "missing")
+
+
+@dataclass(frozen=True)
+class State:
+    """One of WORDS; the seconds that a finished run took; what went wrong with a failed one."""
+
+    word: str
+    seconds: float = 0.0
+    error: str = ""
+    traceback: str = ""
+
+
+def states(runs: Iterable[Run], out: Path) -> dict[Path, State]:
+    """The state of each run, by its folder.  Looks through the output folder once, so that ten thousand runs take seconds."""
+    there = Listing(out)
+    done, failed = there.notes("done.json"), there.notes("failed.json")
+    locked, rows = set(there.runs_with(".lock")), set(there.runs_with("rows.csv"))
+    return {run.folder: _state(run, done, failed, locked, rows) for run in runs}
+
+
+def _state(run: Run, done: dict[str, dict], failed: dict[str, dict], locked: set[str], rows: set[str]) -> State:
+    place = f"{run.folder.parent.name}/{run.folder.name}"
+    ended_well, ended_badly = done.get(place, {}), failed.get(place, {})
+    if ended_well.get("key") == run.key and place in rows:
+        return State("done", ended_well["seconds"])
+    if place in locked and locks.held(run.folder / ".lock"):
+        return State("running")
+    if ended_badly.get("key") == run.key:
+        return State("failed", ended_badly["seconds"], ended_badly["error"], ended_badly["traceback"])
+    return State("missing")
+
+
+class Listing:
+    """The files of all runs below an output folder, on a disk or an object store.  A run is named NOTEBOOK/FOLDER."""
+
+    def __init__(self, out: Path) -> None:
+        from fsspec.core import url_to_fs
+
+        self.store, root = url_to_fs(str(out))
+        self.store.invalidate_cache()
+        parts = ((path, path.removeprefix(root).strip("/").split("/")) for path in self.store.find(root))
+        self.paths = {"/".join(names): path for path, names in parts if len(names) == 3}
+
+    def runs_with(self, name: str) -> list[str]:
+        """The runs that have a file of this name."""
+        return sorted(place.rpartition("/")[0] for place in self.paths if place.endswith(f"/{name}"))
+
+    def notes(self, name: str) -> dict[str, dict]:
+        """What the JSON file of this name says, for each run that has it; {} where it is damaged or just went away."""
+        places = {run: self.paths[f"{run}/{name}"] for run in self.runs_with(name)}
+        texts = self.store.cat(list(places.values()), on_error="omit") if places else {}
+        return {run: _json(texts.get(path, b"")) for run, path in places.items()}
+
+
+def _json(text: bytes) -> dict:
+    """What a JSON file says; a damaged one says nothing."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def estimates(out: Path) -> dict[tuple, float]:
+    """Median seconds of the finished runs of each (notebook, profile, dataset), and of each (notebook,)."""
+    seconds: dict[tuple, list[float]] = {}
+    for place, done in Listing(out).notes("done.json").items():
+        notebook, parameters = place.split("/")[0], done.get("parameters", {})
+        for kind in ((notebook, parameters.get("profile"), parameters.get("dataset")), (notebook,)):
+            seconds.setdefault(kind, []).append(done.get("seconds", 0.0))
+    return {kind: statistics.median(values) for kind, values in seconds.items()}
+
+
+def estimate(run: Run, known: dict[tuple, float]) -> float | None:
+    """Seconds that a run may take, by finished ones most like it; None where there are none."""
+    notebook = run.notebook.stem
+    alike = (notebook, run.parameters["profile"], run.parameters["dataset"])
+    return known.get(alike, known.get((notebook,)))
+
+
+def rows(folders: Iterable[Path]) -> pd.DataFrame:
+    """The rows of finished runs, one below the other."""
+    return results.load(*(folder / "rows.csv" for folder in folders))
+
+
+def collect(out: Path) -> pd.DataFrame:
+    """The rows of every finished run below `out`, of this grid or another; written to OUT/all_rows.csv and OUT/all_rows.parquet."""
+    whole = rows(out / place for place in Listing(out).runs_with("done.json"))
+    results.save(whole, out / "all_rows.csv")
+    texts = {name: "string" for name in ("paper", "config", "measures", "device", "torch", "bdlib")}
+    write_atomic(out / "all_rows.parquet", lambda file: whole.astype(texts).to_parquet(file, index=False))
+    return whole
+
+
+def claim(out: Path, *, mixed: bool) -> None:
+    """Note this version of bdlib in the output folder.  Raises ValueError if another version wrote there, unless `mixed`."""
+    note = out / "version.json"
+    try:
+        before = _json(note.read_bytes()).get("bdlib")
+    except FileNotFoundError:
+        before = None
+    if before not in (None, bdlib.__version__) and not mixed:
+        raise ValueError(
+            f"{out} holds runs of bdlib {before}, this is {bdlib.__version__}: give another --out, or --mix-versions"
+        )
+    if before != bdlib.__version__:
+        write_atomic(note, lambda file: file.write(json.dumps({"bdlib": bdlib.__version__}).encode()))

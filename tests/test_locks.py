@@ -1,0 +1,86 @@
+"""Locks on a disk and on an object store: one holder at a time, and a dead one's lock is free again."""
+
+import threading
+import time
+
+import pytest
+
+from bdlib import files, locks
+
+
+@pytest.fixture(params=["disk", "object store"])
+def where(request, tmp_path):
+    return tmp_path if request.param == "disk" else request.getfixturevalue("bucket")
+
+
+def test_one_at_a_time(where):
+    inside, most, waited = [], [], []
+
+    def work():
+        with locks.hold(where / "a.lock", lambda: waited.append(1)):
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.2)
+            inside.pop()
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert most == [1, 1, 1] and waited, "nobody waited, or two were inside"
+
+
+def test_held_says_whether_somebody_is_inside(where):
+    assert not locks.held(where / "a.lock")
+    with locks.hold(where / "a.lock"):
+        assert locks.held(where / "a.lock")
+    assert not locks.held(where / "a.lock")
+
+
+def test_the_lock_is_free_after_an_error(where):
+    with pytest.raises(KeyError), locks.hold(where / "a.lock"):
+        raise KeyError
+    assert not locks.held(where / "a.lock")
+
+
+def test_a_lease_that_nobody_refreshes_is_taken_over_and_a_refreshed_one_is_not(bucket):
+    (bucket / "dead.lock").write_bytes(b"a process that died")
+    start = time.monotonic()
+    taken = locks.Lease(bucket / "dead.lock", beat=0.2, patience=0.6)
+    taken.acquire()
+    assert 0.6 <= time.monotonic() - start < 10
+    other = locks.Lease(bucket / "dead.lock", beat=0.2, patience=0.6)
+    got = threading.Thread(target=other.acquire, daemon=True)
+    got.start()
+    time.sleep(1.5)
+    assert got.is_alive(), "the holder refreshes it, so it is not free"
+    taken.release()
+    got.join(10)
+    assert not got.is_alive()
+    other.release()
+
+
+def test_a_lease_is_not_released_by_one_who_lost_it(bucket):
+    late = locks.Lease(bucket / "a.lock")
+    late.acquire()
+    (bucket / "a.lock").write_bytes(b"another owner")
+    late.release()
+    assert (bucket / "a.lock").read_bytes() == b"another owner"
+
+
+def test_an_object_is_written_whole_or_not_at_all(bucket):
+    def broken(file):
+        file.write(b"half")
+        raise OSError("no more")
+
+    with pytest.raises(OSError, match="no more"):
+        files.write_atomic(bucket / "x", broken)
+    assert not (bucket / "x").exists()
+    files.write_atomic(bucket / "x", lambda file: file.write(b"whole"))
+    assert (bucket / "x").read_bytes() == b"whole"
+
+
+def test_an_unknown_kind_of_store_is_named():
+    with pytest.raises(ValueError, match="cannot use nowhere://bucket"):
+        files.place("nowhere://bucket/x")
