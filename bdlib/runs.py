@@ -40,14 +40,18 @@ def states(runs: Iterable[Run], out: Path) -> dict[Path, State]:
 
 def _state(run: Run, done: dict[str, dict], failed: dict[str, dict], locked: set[str], rows: set[str]) -> State:
     place = f"{run.folder.parent.name}/{run.folder.name}"
-    ended_well, ended_badly = done.get(place, {}), failed.get(place, {})
-    if ended_well.get("key") == run.key and place in rows:
-        return State("done", ended_well["seconds"])
+    if place in rows and _of_this_run(run, done.get(place)):
+        return State("done", done[place]["seconds"])
     if place in locked and locks.held(run.folder / ".lock"):
         return State("running")
-    if ended_badly.get("key") == run.key:
-        return State("failed", ended_badly["seconds"], ended_badly["error"], ended_badly["traceback"])
+    if _of_this_run(run, failed.get(place)):
+        note = failed[place]
+        return State("failed", note["seconds"], note["error"], note["traceback"])
     return State("missing")
+
+
+def _of_this_run(run: Run, note: dict | None) -> bool:
+    return note is not None and note.get("key") == run.key
 
 
 class Listing:
