@@ -7,6 +7,7 @@ one that started it dies, and its kernel with it: nothing goes on unseen after a
 import json
 import os
 import shutil
+import signal
 import sys
 import threading
 import time
@@ -22,18 +23,24 @@ TRY_AGAIN = 75
 
 def main() -> int:
     job, parent = json.loads(sys.stdin.read()), os.getppid()
-    threading.Thread(target=end_with, args=(parent, job["work"]), daemon=True).start()
-    if job["kind"] == "model":
-        model(job["setting"])
-        return 0
-    return notebook(job)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs deaf to it
+    threading.Thread(target=end_with, args=(parent,), daemon=True).start()
+    try:
+        if job["kind"] == "model":
+            model(job["setting"])
+            return 0
+        return notebook(job)
+    finally:
+        if os.getppid() != parent:
+            shutil.rmtree(job["work"], ignore_errors=True)  # the parent does it otherwise
 
 
-def end_with(parent: int, work: str) -> None:
-    """End this process, its working folder too, when its parent is gone.  The kernel sees that and ends itself."""
+def end_with(parent: int) -> None:
+    """End this process when its parent is gone: politely, so that it frees its locks and ends its kernel, then for certain."""
     while os.getppid() == parent:
         time.sleep(0.5)
-    shutil.rmtree(work, ignore_errors=True)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(10)
     os._exit(1)
 
 

@@ -198,7 +198,7 @@ def test_ctrl_c_and_kill_lose_only_what_was_in_flight(call, notebooks, tmp_path,
         [sys.executable, "-c", script, *arguments], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
     )
     deadline = time.monotonic() + 60
-    while not list((tmp_path / "out").rglob("log.txt"))[1:] and time.monotonic() < deadline:
+    while not list((tmp_path / "out").rglob(".lock"))[1:] and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(3)
     os.kill(process.pid, sign)
