@@ -67,7 +67,7 @@ def carry_out(whole: list[Run], options: argparse.Namespace) -> int:
     """Run what is not finished, then write the rows, the figures and the page of everything that is; the exit code."""
     store.require_writable(home() / "store")
     runs.claim(options.out, mixed=options.mix_versions)
-    waiting = to_do(whole, options)
+    waiting = to_do(whole, runs.Listing(options.out), options)
     if options.force:
         for run in waiting:
             (run.folder / "done.json").unlink(missing_ok=True)  # what is to be done is not done, should this be cut off
@@ -185,9 +185,9 @@ def planned(options: argparse.Namespace) -> list[Run]:
     return [] if wrong else whole
 
 
-def to_do(whole: list[Run], options: argparse.Namespace) -> list[Run]:
+def to_do(whole: list[Run], there: runs.Listing, options: argparse.Namespace) -> list[Run]:
     """The runs that are to be started."""
-    known = runs.states(whole, options.out)
+    known = runs.states(whole, there)
     if options.force:
         return whole
     if options.only_failed:
@@ -262,7 +262,8 @@ def say_outcome(run: Run, outcome: Outcome) -> None:
 
 def show_plan(whole: list[Run], options: argparse.Namespace) -> None:
     """The manifest: every run that would start, with the time that runs like it took."""
-    waiting, past = to_do(whole, options), runs.estimates(options.out)
+    there = runs.Listing(options.out)
+    waiting, past = to_do(whole, there, options), runs.estimates(there)
     for run in waiting:
         seconds = runs.estimate(run, past)
         print(f"would run  {run.name}" + (f"  about {clock(seconds)}" if seconds else ""))
@@ -271,14 +272,15 @@ def show_plan(whole: list[Run], options: argparse.Namespace) -> None:
 
 
 def show_status(whole: list[Run], options: argparse.Namespace) -> None:
-    known = runs.states(whole, options.out)
+    there = runs.Listing(options.out)
+    known = runs.states(whole, there)
     for word in runs.WORDS:
         print(f"{word:8} {sum(state.word == word for state in known.values())}")
     for run in whole:
         state = known[run.folder]
         if state.word in ("running", "failed"):
             print(f"{state.word}  {run.name}" + (f": {state.error}" if state.error else ""))
-    print(time_left([run for run in whole if known[run.folder].word != "done"], runs.estimates(options.out), options))
+    print(time_left([run for run in whole if known[run.folder].word != "done"], runs.estimates(there), options))
 
 
 def time_left(waiting: list[Run], past: dict, options: argparse.Namespace) -> str:
@@ -313,7 +315,7 @@ def write_results(whole: list[Run], out: Path) -> pd.DataFrame:
     """The rows of every finished run of this grid; written to OUT/results.csv, drawn in OUT/figures/, shown in OUT/index.html."""
     from bdlib import report  # brings matplotlib and seaborn: too slow for --help
 
-    known = runs.states(whole, out)
+    known = runs.states(whole, runs.Listing(out))
     rows = runs.rows(run.folder for run in whole if known[run.folder].word == "done")
     if not rows.empty:
         results.save(rows, out / "results.csv")

@@ -15,14 +15,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from bdlib import child, experiment, grid
-from bdlib.files import place, write_atomic
+from bdlib.files import on_disk, place, write_atomic
 
 Tell = Callable[[dict], None]  # is told which cell of how many a run is at
 stopped: set[str] = set()  # the batches that were told to stop; a worker serves several
+
+
+def places() -> dict[str, str]:
+    """BDLIB_HOME and BDLIB_DATA where they are set, not relative to the folder that this process happens to be in."""
+    names = ("BDLIB_HOME", "BDLIB_DATA")
+    found = {name: place(os.environ[name]) for name in names if os.environ.get(name)}
+    return {name: str(path.absolute() if on_disk(path) else path) for name, path in found.items()}
 
 
 @dataclass(frozen=True)
@@ -39,6 +46,7 @@ class Job:
     parameters: dict | None = None  # of a notebook
     folder: str = ""  # where the log goes, and a notebook's results
     key: str = ""  # of a notebook: `grid.Run.key`
+    places: dict = field(default_factory=places)  # of store and datasets, where runall.py was told
 
 
 @dataclass(frozen=True)
@@ -158,7 +166,7 @@ def environment(job: Job, work: Path) -> dict[str, str]:
     """Ours, with this very bdlib first on the path, the worker's share of cores and GPUs, and the process's own folders."""
     path = os.pathsep.join(filter(None, [str(experiment.project_root()), os.environ.get("PYTHONPATH")]))
     threads = str(job.threads or os.environ.get("BDLIB_THREADS") or cores())
-    own = {"IPYTHONDIR": str(work / "ipython"), "JUPYTER_RUNTIME_DIR": str(work / "jupyter")}
+    own = places() | job.places | {"IPYTHONDIR": str(work / "ipython"), "JUPYTER_RUNTIME_DIR": str(work / "jupyter")}
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
     return os.environ | {"PYTHONPATH": path} | own | counts | gpu()
 

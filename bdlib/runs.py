@@ -4,6 +4,7 @@ A run's folder holds `executed.ipynb`, `executed.html`, `log.txt`, the notebook'
 `failed.json`; `.lock` is held while it runs.
 """
 
+import functools
 import json
 import statistics
 from collections.abc import Iterable
@@ -30,22 +31,19 @@ class State:
     traceback: str = ""
 
 
-def states(runs: Iterable[Run], out: Path) -> dict[Path, State]:
-    """The state of each run, by its folder.  Looks through the output folder once, so that ten thousand runs take seconds."""
-    there = Listing(out)
-    done, failed = there.notes("done.json"), there.notes("failed.json")
-    locked, rows = set(there.runs_with(".lock")), set(there.runs_with("rows.csv"))
-    return {run.folder: _state(run, done, failed, locked, rows) for run in runs}
+def states(runs: Iterable[Run], there: "Listing") -> dict[Path, State]:
+    """The state of each run, by its folder."""
+    return {run.folder: _state(run, there) for run in runs}
 
 
-def _state(run: Run, done: dict[str, dict], failed: dict[str, dict], locked: set[str], rows: set[str]) -> State:
+def _state(run: Run, there: "Listing") -> State:
     place = f"{run.folder.parent.name}/{run.folder.name}"
-    if place in rows and _of_this_run(run, done.get(place)):
-        return State("done", done[place]["seconds"])
-    if place in locked and locks.held(run.folder / ".lock"):
+    if f"{place}/rows.csv" in there.paths and _of_this_run(run, there.done.get(place)):
+        return State("done", there.done[place]["seconds"])
+    if f"{place}/.lock" in there.paths and locks.held(run.folder / ".lock"):
         return State("running")
-    if _of_this_run(run, failed.get(place)):
-        note = failed[place]
+    if _of_this_run(run, there.failed.get(place)):
+        note = there.failed[place]
         return State("failed", note["seconds"], note["error"], note["traceback"])
     return State("missing")
 
@@ -55,7 +53,10 @@ def _of_this_run(run: Run, note: dict | None) -> bool:
 
 
 class Listing:
-    """The files of all runs below an output folder, on a disk or an object store.  A run is named NOTEBOOK/FOLDER."""
+    """The files of all runs below an output folder, looked up once, so that ten thousand runs take seconds.
+
+    A run is named NOTEBOOK/FOLDER here.
+    """
 
     def __init__(self, out: Path) -> None:
         from fsspec.core import url_to_fs
@@ -68,6 +69,16 @@ class Listing:
     def runs_with(self, name: str) -> list[str]:
         """The runs that have a file of this name."""
         return sorted(place.rpartition("/")[0] for place in self.paths if place.endswith(f"/{name}"))
+
+    @functools.cached_property
+    def done(self) -> dict[str, dict]:
+        """What each run that ended well says of itself."""
+        return self.notes("done.json")
+
+    @functools.cached_property
+    def failed(self) -> dict[str, dict]:
+        """What is noted of each run that failed."""
+        return self.notes("failed.json")
 
     def notes(self, name: str) -> dict[str, dict]:
         """What the JSON file of this name says, for each run that has it; {} where it is damaged or just went away."""
@@ -85,14 +96,14 @@ def _json(text: bytes) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-def estimates(out: Path) -> dict[tuple, float]:
+def estimates(there: Listing) -> dict[tuple, float]:
     """Median seconds of the finished runs of each (notebook, profile, dataset), and of each (notebook,)."""
     seconds: dict[tuple, list[float]] = {}
-    for place, done in Listing(out).notes("done.json").items():
+    for place, done in there.done.items():
         notebook, parameters = place.split("/")[0], done.get("parameters", {})
         for kind in ((notebook, parameters.get("profile"), parameters.get("dataset")), (notebook,)):
-            seconds.setdefault(kind, []).append(done.get("seconds", 0.0))
-    return {kind: statistics.median(values) for kind, values in seconds.items()}
+            seconds.setdefault(kind, []).extend([done["seconds"]] if "seconds" in done else [])
+    return {kind: statistics.median(values) for kind, values in seconds.items() if values}
 
 
 def estimate(run: Run, known: dict[tuple, float]) -> float | None:

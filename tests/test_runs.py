@@ -59,16 +59,19 @@ def test_states(notebooks, out):
     fail(failed)
     put(stale.folder / "failed.json", json.dumps({"key": "of another version"}))
     with locks.hold(running.folder / ".lock"):
-        found = runs.states([done, damaged, other, without, running, failed, stale, missing], out)
+        found = runs.states([done, damaged, other, without, running, failed, stale, missing], runs.Listing(out))
     words = [found[run.folder].word for run in (done, damaged, other, without, running, failed, stale, missing)]
     assert words == ["done", "missing", "missing", "missing", "running", "failed", "missing", "missing"]
     assert found[done.folder].seconds == 60 and found[failed.folder].error == "ValueError: <b>no</b>"
-    assert runs.states([done], out)[done.folder].word == "done"
+    assert runs.states([done], runs.Listing(out))[done.folder].word == "done"
 
 
 def test_nothing_is_known_of_a_folder_that_is_not_there(notebooks, out):
     (run,) = planned(notebooks, out)
-    assert runs.states([run], out)[run.folder] == runs.State("missing") and runs.estimates(out) == {}
+    assert (
+        runs.states([run], runs.Listing(out))[run.folder] == runs.State("missing")
+        and runs.estimates(runs.Listing(out)) == {}
+    )
 
 
 def test_estimates_are_of_the_runs_most_alike(notebooks, out):
@@ -76,7 +79,9 @@ def test_estimates_are_of_the_runs_most_alike(notebooks, out):
         finish(run, seconds)
     (digits,) = planned(notebooks, out, dataset=["digits"])
     finish(digits, 5.0)
-    known = runs.estimates(out)
+    (damaged,) = planned(notebooks, out, seed=[9])
+    put(damaged.folder / "done.json", "{")
+    known = runs.estimates(runs.Listing(out))
     assert runs.estimate(planned(notebooks, out, seed=[7])[0], known) == 20
     assert runs.estimate(digits, known) == 5
     assert runs.estimate(planned(notebooks, out, attack=["badnets"], dataset=["cifar10"])[0], known) == 15
@@ -154,7 +159,7 @@ def test_the_page_shows_rows_failures_and_figures_and_escapes_what_it_shows(note
     put(out / "figures" / "signs a.png", "a picture")
     whole = planned(notebooks, out, seed=[0, 1, 2])
     rows = runs.rows([done.folder])
-    page.write(out, whole, runs.states(whole, out), rows)
+    page.write(out, whole, runs.states(whole, runs.Listing(out)), rows)
     text = (out / "index.html").read_text()
     assert "1 of 3 runs done" in text and "1 failed" in text and "ValueError: &lt;b&gt;no&lt;/b&gt;" in text
     assert f"{done.folder.parent.name}/{done.folder.name}/executed.html" in text
