@@ -80,7 +80,7 @@ def run_all(
     on_model: Callable[[str, Outcome], None],
     tell: Tell,
 ) -> Iterator[tuple[Run, Outcome]]:
-    """Each run with its outcome, as they end.  Closing the iterator, or Ctrl-C, stops what still runs.
+    """Each run with its outcome, as they end; they start in the order given.  Closing the iterator, or Ctrl-C, stops what still runs.
 
     on_start: is told the number of models; on_model: each model with its outcome; tell: how far the running notebooks are.
     A model that several runs wait for is a task of its own; one that a single run needs is made by that run.
@@ -94,14 +94,16 @@ def run_all(
     for number, run in enumerate(waiting):
         if waiting_for[run.model] > 1 and run.model not in models:
             todo = job.model(run, batch, threads, timeout)
-            models[run.model] = client.submit(work, todo, None, None, key=f"{todo.name} {batch}-{number}")
+            models[run.model] = client.submit(
+                work, todo, None, None, key=f"{todo.name} {batch}-{number}", priority=-number
+            )
             futures[models[run.model]] = todo.name
         if run.notebook not in sources:
             text, _ = grid.source(run.notebook)
             sources[run.notebook] = client.submit(str, text, key=f"{run.notebook.stem} {batch}")
         todo = job.notebook(run, batch, threads, timeout)
         inputs = sources[run.notebook], models.get(run.model)
-        futures[client.submit(work, todo, *inputs, key=f"{run.name} {batch}-{number}")] = run
+        futures[client.submit(work, todo, *inputs, key=f"{run.name} {batch}-{number}", priority=-number)] = run
     on_start(len(models))
     try:
         for future in as_completed(list(futures)):

@@ -26,10 +26,10 @@ def sixty(notebooks, out):
     return grid.plan([notebooks / "02_awm.ipynb"], "quick", axes, {}, out)
 
 
-def carry_out(runs, **changes):
+def carry_out(runs, workers=2, **changes):
     """The outcomes by run, the models that were made, and the number of them that was told at the start."""
     told, models, outcomes = [], [], {}
-    with schedule.cluster(2, None) as client:
+    with schedule.cluster(workers, None) as client:
         options = {"threads": 1, "timeout": None, "on_start": told.append, "tell": lambda at: None} | changes
         for run, outcome in schedule.run_all(runs, client, on_model=lambda *model: models.append(model), **options):
             outcomes[run.folder] = outcome
@@ -58,6 +58,24 @@ def test_sixty_runs_over_six_models_make_each_model_once_and_first(notebooks, tm
             assert (chosen["attack"], chosen["seed"]) in seen, "a run started before its model was made"
     executed = [chosen["out"] for kind, chosen in order if kind == "notebook"]
     assert len(executed) == len(set(executed)) == 60
+
+
+@pytest.mark.parametrize("shared", [True, False], ids=["models shared by ten runs", "a model each"])
+def test_runs_start_in_the_order_given(notebooks, tmp_path, monkeypatch, shared):
+    order = []
+
+    def once(todo, source, tell):
+        order.append(todo.folder)
+        time.sleep(0.01)
+        return job.Outcome(True), "", False
+
+    monkeypatch.setattr(job, "once", once)
+    runs = sixty(notebooks, tmp_path / "out")[:: 1 if shared else 10]
+    carry_out(runs, workers=1)
+    executed = [folder for folder in order if "models" not in folder]
+    wanted = [str(run.folder) for run in runs]
+    late = [abs(wanted.index(folder) - place) for place, folder in enumerate(executed)]
+    assert max(late) <= 2, "a worker may hold one or two tasks in advance"
 
 
 def test_a_model_that_cannot_be_made_fails_its_runs_and_no_other(notebooks, tmp_path, monkeypatch):
