@@ -17,6 +17,7 @@ import argparse
 import ast
 import sys
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -237,7 +238,7 @@ def run_each(waiting: list[Run], options: argparse.Namespace) -> list[Run]:
             threads=threads,
             timeout=limit,
             on_start=live.starts,
-            on_model=live.model_ended,
+            on_model=partial(say_model, live),
             tell=live.tell,
         )
         with closing(ended):
@@ -249,6 +250,12 @@ def run_each(waiting: list[Run], options: argparse.Namespace) -> list[Run]:
                 if failed and not options.keep_going:
                     break
     return failed
+
+
+def say_model(live: Live, name: str, outcome: Outcome) -> None:
+    live.model_ended()
+    ended = "[green]made[/]    " if outcome.well else "[red]FAILED[/]  "
+    say(f"{ended}{escape(name)}  {outcome.seconds:.0f} s{'' if outcome.well else ': ' + escape(outcome.error)}")
 
 
 def say_outcome(run: Run, outcome: Outcome) -> None:

@@ -30,7 +30,7 @@ class Live:
         if models:
             self.models = self.progress.add_task("models", total=models, unit="models")
 
-    def model_ended(self, *_) -> None:
+    def model_ended(self) -> None:
         self.progress.advance(self.models)
 
     def run_ended(self) -> None:

@@ -4,6 +4,7 @@ A worker only starts processes (`job`), so the embedded cluster's workers are th
 hosts of their own and share the store and the output folder with us.
 """
 
+import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -66,8 +67,10 @@ def require_same_version(client) -> None:
 
 
 def threads(workers: int | None, scheduler: str | None) -> int | None:
-    """CPU threads of each process, so that the embedded workers share the cores; None: a worker elsewhere decides itself."""
-    return None if scheduler else max(1, job.cores() // (workers or default_workers()))
+    """CPU threads of each process: OMP_NUM_THREADS if set, or else a share of the cores; None: a worker elsewhere decides itself."""
+    if scheduler:
+        return None
+    return int(os.environ.get("OMP_NUM_THREADS") or max(1, job.cores() // (workers or default_workers())))
 
 
 def run_all(

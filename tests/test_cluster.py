@@ -123,8 +123,11 @@ def test_closing_the_iterator_stops_what_runs(notebooks, tmp_path, monkeypatch):
 
 def test_workers_share_the_cores(monkeypatch):
     monkeypatch.setattr(job, "cores", lambda: 8)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert [schedule.threads(workers, None) for workers in (1, 2, 3, 8, 20)] == [8, 4, 2, 1, 1]
     assert schedule.threads(None, "tcp://there:8786") is None
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert schedule.threads(2, None) == 3
 
 
 def test_an_unreachable_scheduler_is_named_soon(notebooks, tmp_path, capsys):
