@@ -39,10 +39,10 @@ console = Console()
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
-    options.out = files.place(options.out or home())
-    if files.on_disk(options.out):
-        options.out = options.out.resolve()
     try:
+        options.out = files.place(options.out or home())
+        if files.on_disk(options.out):
+            options.out = options.out.resolve()
         return (collect if options.collect else plan_and_do)(options)
     except ValueError as error:
         complain(error)
@@ -73,13 +73,15 @@ def carry_out(whole: list[Run], options: argparse.Namespace) -> int:
         for run in waiting:
             (run.folder / "done.json").unlink(missing_ok=True)  # what is to be done is not done, should this be cut off
     try:
-        failed = run_each(waiting, options)
+        ended = run_each(waiting, options)
     finally:
         rows = write_results(whole, options.out)
+    failed = sum(not outcome.well for outcome in ended)
     if not rows.empty:
         console.print(means_table(rows))
-    done = len(waiting) - len(failed)
-    say(f"{len(whole)} runs: {done} done now, {len(whole) - len(waiting)} finished before, {len(failed)} failed")
+    counts = f"{len(ended) - failed} done now, {len(whole) - len(waiting)} finished before, {failed} failed"
+    left = len(waiting) - len(ended)
+    say(f"{len(whole)} runs: {counts}" + (f", {left} not started" if left else ""))
     if not rows.empty:
         say(f"rows: {escape(str(options.out / 'results.csv'))}   figures: {escape(str(options.out / 'figures'))}")
     say(
@@ -223,11 +225,11 @@ def extra_parameters(pairs: list[str]) -> dict[str, object]:
     return extra
 
 
-def run_each(waiting: list[Run], options: argparse.Namespace) -> list[Run]:
-    """Run them with a live display; the runs that failed."""
+def run_each(waiting: list[Run], options: argparse.Namespace) -> list[Outcome]:
+    """Run them with a live display; how those ended that did."""
+    outcomes: list[Outcome] = []
     if not waiting:
-        return []
-    failed = []
+        return outcomes
     limit = options.timeout * 60 if options.timeout else None
     threads = schedule.threads(options.workers, options.scheduler)
     with schedule.cluster(options.workers, options.scheduler) as client, Live(console, len(waiting)) as live:
@@ -243,13 +245,12 @@ def run_each(waiting: list[Run], options: argparse.Namespace) -> list[Run]:
         )
         with closing(ended):
             for run, outcome in ended:
+                outcomes.append(outcome)
                 live.run_ended()
                 say_outcome(run, outcome)
-                if not outcome.well:
-                    failed.append(run)
-                if failed and not options.keep_going:
+                if not outcome.well and not options.keep_going:
                     break
-    return failed
+    return outcomes
 
 
 def say_model(live: Live, name: str, outcome: Outcome) -> None:

@@ -74,22 +74,17 @@ def notebook(job: dict) -> int:
         out = folder if on_disk(folder) else work / "out"
         out.mkdir(parents=True, exist_ok=True)
         start = time.perf_counter()
-        try:
-            status = execute(job, work, out)
-            if status == 0 and not (out / "rows.csv").exists():
-                print("Error: the notebook ended without rows.csv")
-                status = 1
-        finally:
-            as_page(out / "executed.ipynb")
-            if out != folder:
-                for path in (path for path in out.rglob("*") if path.is_file()):
-                    (folder / path.relative_to(out).as_posix()).write_bytes(path.read_bytes())
+        status = execute(job, work, out)
+        if status == 0 and not (out / "rows.csv").exists():
+            print("Error: the notebook ended without rows.csv")
+            status = 1
+        as_page(out / "executed.ipynb")
+        if out != folder:
+            for path in (path for path in out.rglob("*") if path.is_file()):
+                (folder / path.relative_to(out).as_posix()).write_bytes(path.read_bytes())
         if status == 0:
-            done = {
-                "key": job["key"],
-                "parameters": job["parameters"],
-                "seconds": round(time.perf_counter() - start, 1),
-            }
+            seconds = round(time.perf_counter() - start, 1)
+            done = {"key": job["key"], "parameters": job["parameters"], "seconds": seconds}
             write_atomic(folder / "done.json", lambda file: file.write(json.dumps(done, indent=1).encode()))
         return status
 
@@ -106,9 +101,8 @@ def execute(job: dict, work: Path, out: Path) -> int:
         papermill.execute_notebook(str(source), str(out / "executed.ipynb"), parameters, cwd=str(work))
     except Exception as error:
         traceback.print_exc(file=sys.stdout)
-        no_start = isinstance(error, RuntimeError) and str(error).startswith(
-            "Kernel d"
-        )  # "didn't respond", "died before"
+        # "Kernel didn't respond in 60 seconds", "Kernel died before replying to kernel_info"
+        no_start = isinstance(error, RuntimeError) and str(error).startswith("Kernel d")
         return TRY_AGAIN if isinstance(error, DeadKernelError) or no_start else 1
     return 0
 

@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def do(job: Job, source: str | None, model: Outcome | None, tell: Tell) -> Outco
     if again:
         outcome, log, _ = once(job, source, tell)
         outcome = replace(outcome, tries=2)
-    return outcome if outcome.well else failed(job, outcome, log)
+    return outcome if outcome.well or job.batch in stopped else failed(job, outcome, log)
 
 
 def failed(job: Job, outcome: Outcome, log: str) -> Outcome:
@@ -115,7 +116,7 @@ def once(job: Job, source: str | None, tell: Tell) -> tuple[Outcome, str, bool]:
                 start_new_session=True,
                 env=environment(job, work),
             )
-        with process.stdin:
+        with suppress(BrokenPipeError), process.stdin:  # it may be dead already, which `watch` sees
             process.stdin.write(json.dumps(message).encode())
         ended = watch(process, job, log, tell, start)
         text = plain(log.read_text(encoding="utf-8", errors="replace"))

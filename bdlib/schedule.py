@@ -14,7 +14,6 @@ from bdlib import grid, job
 from bdlib.grid import Run
 from bdlib.job import Outcome, Tell
 
-TOPIC = "bdlib"
 PATIENCE = 10  # seconds that a scheduler may take to answer
 
 
@@ -93,7 +92,7 @@ def run_all(
     batch = secrets.token_hex(8)
     models, sources, futures = {}, {}, {}
     waiting_for = Counter(run.model for run in waiting)
-    client.subscribe_topic(TOPIC, lambda event: tell(event[1]))
+    client.subscribe_topic(batch, lambda event: tell(event[1]))
     for number, run in enumerate(waiting):
         if waiting_for[run.model] > 1 and run.model not in models:
             todo = job.model(run, batch, threads, timeout)
@@ -117,7 +116,7 @@ def run_all(
                 on_model(ended, result(future))
     finally:
         with suppress(OSError):  # the scheduler may be gone
-            client.unsubscribe_topic(TOPIC)
+            client.unsubscribe_topic(batch)
             client.run(stop, batch)
 
 
@@ -126,7 +125,7 @@ def work(todo: job.Job, source: str | None, model: Outcome | None) -> Outcome:
     from distributed import get_worker
 
     worker = get_worker()
-    return job.do(todo, source, model, lambda message: worker.log_event(TOPIC, message))
+    return job.do(todo, source, model, lambda message: worker.log_event(todo.batch, message))
 
 
 def result(future) -> Outcome:

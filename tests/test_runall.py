@@ -95,6 +95,11 @@ def call(notebooks, tmp_path):
         (["--set", "budgett=3"], "unknown parameter 'budgett'; it has profile, dataset"),
         (["--set", "mood=3"], "parameter mood must be like 'calm', got 3"),
         (["--set", "mood"], "--set takes NAME=VALUE, got 'mood'"),
+        (["--seed", "1", "0", "1"], "given twice for the same run: seed 1"),
+        (["--seed", "1", "--set", "seed=2"], "given twice for the same run: seed (an option and --set)"),
+        (["--set", "out=here"], "given twice for the same run: out (an option and --set)"),
+        (["--set", "mood=calm", "mood=slow"], "given twice for the same run: --set mood"),
+        (["--shard", "2/2"], "shard 2/2 holds no run: the grid has 1 models"),
     ],
 )
 def test_bad_arguments_stop_it_before_anything_starts(call, tmp_path, capsys, arguments, message):
@@ -109,7 +114,18 @@ def test_all_complaints_come_at_once(call, capsys):
     assert len(lines) == 3 and len(set(lines)) == 3
 
 
-@pytest.mark.parametrize("arguments", [["--budgett", "3"], ["--seed", "one"], ["--poison-rate", "a lot"]])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--budgett", "3"],
+        ["--seed", "one"],
+        ["--poison-rate", "a lot"],
+        ["--workers", "0"],
+        ["--shard", "3/2"],
+        ["--shard", "1"],
+        ["--status", "--dry-run"],
+    ],
+)
 def test_what_argparse_refuses_exits_with_2(call, arguments, capsys):
     with pytest.raises(SystemExit) as stop:
         call(*arguments)
@@ -170,6 +186,11 @@ def test_a_failed_run_is_named_and_the_others_go_on(call, tmp_path, capsys):
     assert not list((tmp_path / "out").rglob("done.json")) and not (tmp_path / "out" / "results.csv").exists()
 
 
+def test_it_stops_at_the_first_failure_if_told(call, capsys):
+    assert call("--set", "mood=angry", "--seed", "0", "1", "2", "--workers", "1", "--no-keep-going") == 1
+    assert "3 runs: 0 done now, 0 finished before, 1 failed, 2 not started" in capsys.readouterr().out
+
+
 def test_an_output_folder_that_cannot_be_written_is_one_clear_line(notebooks, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way")
     assert runall.main(["--out", str(tmp_path / "file")]) == 1
@@ -204,6 +225,7 @@ def test_ctrl_c_and_kill_lose_only_what_was_in_flight(call, notebooks, tmp_path,
     os.kill(process.pid, sign)
     assert process.wait(30) == code
     assert done.stat().st_mtime_ns == before and len(list((tmp_path / "out").rglob("done.json"))) == 1
+    assert not list((tmp_path / "out").rglob("failed.json")), "what was stopped has not failed"
     assert call("--seed", "0", "1") == 0
     assert len(list((tmp_path / "out").rglob("done.json"))) == 2 and done.stat().st_mtime_ns == before
 
