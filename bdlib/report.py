@@ -143,7 +143,7 @@ def planted_figure(rows: pd.DataFrame) -> plt.Figure:
     usual = planted["poison_rate"].mode()[0]
     rates = ["" if rate == usual else f" ({rate:.0%})" for rate in planted["poison_rate"]]
     planted = planted.assign(attack=planted["attack"] + rates).sort_values("asr", ascending=False, kind="stable")
-    title = setting_title(planted.assign(attack=f"{planted['attack'].nunique()} attacks"))
+    title = setting_title(planted, f"{planted['attack'].nunique()} attacks")
     figure = lines_figure(planted, "attack")
     figure.axes[0].set_title(f"{title} · poison rate {usual:.0%}", fontsize=9)
     return figure
@@ -181,7 +181,7 @@ def heatmap_figure(rows: pd.DataFrame) -> plt.Figure:
     for (value, columns), ax in zip(shown.items(), axes, strict=True):
         table = rows.pivot_table(index="method", columns="attack", values=value).reindex(index=methods, columns=columns)
         figures.heatmap(table, ax, value.upper(), good_is_high=value != "asr", low=50 if value == "der" else 0)
-    figure.suptitle(setting_title(rows.assign(attack=f"{rows['budget'].mode()[0]} clean images")), fontsize=10)
+    figure.suptitle(setting_title(rows, f"{rows['budget'].mode()[0]} clean images"), fontsize=10)
     return figure
 
 
@@ -208,7 +208,7 @@ def costs_figure(rows: pd.DataFrame) -> plt.Figure:
     figure, axes = plt.subplots(1, 2, figsize=size, layout="constrained", sharey=True)
     figures.costs(rows, axes[0], "seconds", "seconds", "log")
     figures.costs(rows, axes[1], "peak_memory_mb", "peak memory of the process (MB)", "linear")
-    figure.suptitle(setting_title(rows.assign(attack=", ".join(rows["device"].unique()))), fontsize=10)
+    figure.suptitle(setting_title(rows, ", ".join(rows["device"].unique())), fontsize=10)
     return figure
 
 
@@ -289,9 +289,10 @@ def empty_figure() -> plt.Figure:
     return figure
 
 
-def setting_title(rows: pd.DataFrame) -> str:
-    """Dataset, attack, network and seeds of these rows, for a figure's title."""
+def setting_title(rows: pd.DataFrame, in_place_of_attack: str = "") -> str:
+    """Dataset, attack (or these words), network and seeds of these rows, for a figure's title."""
     words = [", ".join(map(str, rows[name].unique())) for name in ("dataset", "attack", "arch")]
+    words[1] = in_place_of_attack or words[1]
     seeds = rows.groupby(results.SETTING)["seed"].nunique()
     count = " to ".join(map(str, sorted({seeds.min(), seeds.max()})))
     return f"{' · '.join(words)} · {count} seed{'s' if seeds.max() > 1 else ''}"
