@@ -29,8 +29,34 @@ from bdlib import data, sources
 def test_embedded_datasets_load_without_a_file(name, tmp_path):
     train, test = data.load(name, tmp_path)
     assert train.images.dtype == torch.uint8 and train.images.shape[2:] == (32, 32) and len(train.classes) == 10
-    assert len(train) > len(test) > 300 and not list(tmp_path.iterdir())
+    assert len(train) > len(test) > 300
     assert train.floats().max() <= 1 and train.floats().min() >= 0
+
+
+def test_the_drawings_are_kept_and_a_damaged_or_lost_file_is_drawn_anew(tmp_path):
+    drawn = data.load("signs", tmp_path)[0].sha256()
+    (kept,) = tmp_path.iterdir()
+    assert data.load("signs", tmp_path)[0].sha256() == drawn
+    for damage in (b"", kept.read_bytes()[:-1000]):
+        kept.write_bytes(damage)
+        assert data.load("signs", tmp_path)[0].sha256() == drawn and len(kept.read_bytes()) > 20_000_000
+    kept.unlink()
+    assert data.load("signs", kept / "no folder")[0].sha256() == drawn
+    (tmp_path / "file").write_text("in the way")
+    assert data.load("signs", tmp_path / "file")[0].sha256() == drawn, "a folder that cannot be written is no error"
+
+
+def test_the_kept_drawings_are_read_and_those_of_other_code_are_not(tmp_path, monkeypatch):
+    train, _ = data.load("signs", tmp_path)
+    (kept,) = tmp_path.iterdir()
+    arrays = data.read_npz(kept)
+    arrays["x_train"][0] = 0
+    data.write_atomic(kept, lambda file: np.savez(file, **arrays))
+    assert data.load("signs", tmp_path)[0].images[0].eq(0).all(), "the file is what is read"
+    other = tmp_path / "signs.py"
+    other.write_text("# draws something else")
+    monkeypatch.setattr(data.signs, "__file__", str(other))
+    assert data.load("signs", tmp_path)[0].sha256() == train.sha256()
 
 
 def test_digits_splits_are_disjoint_parts_of_the_whole():
