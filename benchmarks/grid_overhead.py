@@ -1,6 +1,6 @@
 """What a run costs beside its own work: seconds of scheduling, papermill, kernel start and imports, and how often models are trained.
 
-    python benchmarks/grid_overhead.py            60 runs over 6 models, two at once
+    python -m benchmarks.grid_overhead            60 runs over 6 models, two at once
 
 The notebook prepares its model, which takes a few seconds once, and writes one row, on 80 small pictures.
 """

@@ -3,31 +3,15 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
-import nbformat
 import pytest
 
 import runall
 from bdlib import grid, results
+from tests import batch
 from tests.test_results import row
 
-ROOT = Path(__file__).parents[1]
-PARAMETERS = """
-profile = "quick"
-dataset = "signs"
-attack = "blended"
-arch = "preact_resnet18:8"
-budget = 200
-poison_rate = 0.1
-target_label = 0
-seed = 0
-mood = "calm"
-out = "nowhere"
-"""
 WRITE_ROWS = f"""
 from pathlib import Path
 import csv
@@ -52,14 +36,7 @@ if mood == "fatal":
 def notebooks(tmp_path, monkeypatch):
     """A folder with one light notebook under a known name."""
     folder = tmp_path / "notebooks"
-    folder.mkdir()
-    cells = [
-        nbformat.v4.new_code_cell(PARAMETERS, metadata={"tags": ["parameters"]}),
-        nbformat.v4.new_code_cell(TROUBLE),
-        nbformat.v4.new_code_cell(WRITE_ROWS),
-    ]
-    metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata=metadata), folder / "00_backdoors.ipynb")
+    batch.write_notebook(folder, "00_backdoors", TROUBLE, WRITE_ROWS)
     monkeypatch.setattr(runall, "NOTEBOOKS", folder)
     return folder
 
@@ -210,20 +187,14 @@ def test_ctrl_c_and_kill_lose_only_what_was_in_flight(call, notebooks, tmp_path,
     assert call("--seed", "0") == 0
     done = next((tmp_path / "out").rglob("done.json"))
     before = done.stat().st_mtime_ns
-    # A shell starts its background jobs deaf to Ctrl-C, and so are their children: tests in such a job too.
-    hear = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
-    job = f"import sys, pathlib, runall; runall.NOTEBOOKS = pathlib.Path({str(notebooks)!r}); sys.exit(runall.main(sys.argv[1:]))"
-    script = f"{hear}; {job}"
-    arguments = ["--seed", "0", "1", "--set", "mood=slow", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *arguments], cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL
-    )
+    process = batch.start(notebooks, "--seed", "0", "1", "--set", "mood=slow", "--out", str(tmp_path / "out"))
     deadline = time.monotonic() + 60
     while not list((tmp_path / "out").rglob(".lock"))[1:] and time.monotonic() < deadline:
         time.sleep(0.1)
     time.sleep(3)
     os.kill(process.pid, sign)
-    assert process.wait(30) == code
+    process.communicate(timeout=30)
+    assert process.returncode == code
     assert done.stat().st_mtime_ns == before and len(list((tmp_path / "out").rglob("done.json"))) == 1
     assert not list((tmp_path / "out").rglob("failed.json")), "what was stopped has not failed"
     assert call("--seed", "0", "1") == 0
