@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 from bdlib import locks
-from bdlib.files import on_disk, place, write_atomic
+from bdlib.files import on_disk, place, read_json, write_atomic, write_json
 
 # The exit status that says: the kernel died or did not start, no cell is to blame, and another try may do.
 TRY_AGAIN = 75
@@ -56,8 +56,8 @@ def model(setting: dict) -> None:
 def finished(folder: Path, key: str) -> bool:
     """Whether the run with this key ended well in this folder."""
     try:
-        done = json.loads((folder / "done.json").read_bytes())
-    except (OSError, ValueError):
+        done = read_json((folder / "done.json").read_bytes())
+    except OSError:
         return False
     return done.get("key") == key and (folder / "rows.csv").exists()
 
@@ -85,7 +85,7 @@ def notebook(job: dict) -> int:
         if status == 0:
             seconds = round(time.perf_counter() - start, 1)
             done = {"key": job["key"], "parameters": job["parameters"], "seconds": seconds}
-            write_atomic(folder / "done.json", lambda file: file.write(json.dumps(done, indent=1).encode()))
+            write_json(folder / "done.json", done)
         return status
 
 

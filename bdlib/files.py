@@ -2,6 +2,7 @@
 
 import errno
 import io
+import json
 import os
 import secrets
 from collections.abc import Callable
@@ -29,6 +30,20 @@ def place(where: str | Path) -> Path:
 def on_disk(path: Path) -> bool:
     """Whether the path lies on a disk or a shared folder, not on an object store."""
     return isinstance(path, Path)
+
+
+def read_json(text: bytes) -> dict:
+    """The object that a JSON file holds; a damaged one, or one that holds something else, says nothing."""
+    try:
+        content = json.loads(text)
+    except ValueError:
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_atomic(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:

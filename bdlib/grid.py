@@ -35,6 +35,11 @@ class Run:
         return f"{self.notebook.stem} {p['dataset']} {p['attack']} budget={p['budget']} seed={p['seed']}"
 
     @property
+    def place(self) -> str:
+        """The run's folder below the output folder: NOTEBOOK/FOLDER."""
+        return f"{self.folder.parent.name}/{self.folder.name}"
+
+    @property
     def key(self) -> str:
         """Hash of the notebook's code, its parameters and bdlib's code: a finished run with this key need not run again."""
         parameters = {name: value for name, value in self.parameters.items() if name != "out"}

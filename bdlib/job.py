@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from bdlib import child, experiment, grid
-from bdlib.files import on_disk, place, write_atomic
+from bdlib.files import on_disk, place, write_atomic, write_json
 
 Tell = Callable[[dict], None]  # is told which cell of how many a run is at
 stopped: set[str] = set()  # the batches that were told to stop; a worker serves several
@@ -94,7 +94,7 @@ def failed(job: Job, outcome: Outcome, log: str) -> Outcome:
     """The outcome, noted in the job's folder; where even that cannot be written, said in the outcome."""
     note = {"key": job.key, "seconds": outcome.seconds, "error": outcome.error, "traceback": log[-6000:]}
     try:
-        write_atomic(place(job.folder) / "failed.json", lambda file: file.write(json.dumps(note, indent=1).encode()))
+        write_json(place(job.folder) / "failed.json", note)
     except OSError as error:
         return replace(outcome, error=f"{outcome.error} (and {error})")
     return outcome
@@ -180,12 +180,8 @@ def cores() -> int:
 def gpu() -> dict[str, str]:
     """For the n-th worker of an embedded cluster on a host with GPUs: the n-th of them, alone."""
     import torch
-    from distributed import get_worker
 
-    try:
-        number = get_worker().name
-    except ValueError:
-        return {}
+    number = worker_name()
     if not isinstance(number, int) or not torch.cuda.is_available():
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
@@ -195,12 +191,18 @@ def gpu() -> dict[str, str]:
 
 def where() -> str:
     """This worker, for people."""
+    name = worker_name()
+    return socket.gethostname() if name is None else f"worker {name} on {socket.gethostname()}"
+
+
+def worker_name() -> int | str | None:
+    """How Dask calls this worker: a number in an embedded cluster; None outside of one."""
     from distributed import get_worker
 
     try:
-        return f"worker {get_worker().name} on {socket.gethostname()}"
+        return get_worker().name
     except ValueError:
-        return socket.gethostname()
+        return None
 
 
 def cells_done(log: Path) -> tuple[int, int]:

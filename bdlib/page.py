@@ -44,9 +44,8 @@ def write(out: Path, whole: list[Run], known: dict[Path, State], rows: pd.DataFr
 
 def line(run: Run, state: State) -> dict[str, object]:
     """What the page says of a run."""
-    place = f"{run.folder.parent.name}/{run.folder.name}"
     shown = {"word": state.word, "seconds": state.seconds, "error": state.error, "traceback": state.traceback}
-    return {"name": run.name, "folder": place, "page": state.word in ("done", "failed"), **shown}
+    return {"name": run.name, "folder": run.place, "page": state.word in ("done", "failed"), **shown}
 
 
 def made_of(rows: pd.DataFrame) -> str:

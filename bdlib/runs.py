@@ -5,7 +5,6 @@ A run's folder holds `executed.ipynb`, `executed.html`, `log.txt`, the notebook'
 """
 
 import functools
-import json
 import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import pandas as pd
 
 import bdlib
 from bdlib import locks, results
-from bdlib.files import write_atomic
+from bdlib.files import read_json, write_atomic, write_json
 from bdlib.grid import Run
 
 WORDS = ("done", "running", "failed", "missing")
@@ -37,7 +36,7 @@ def states(runs: Iterable[Run], there: "Listing") -> dict[Path, State]:
 
 
 def _state(run: Run, there: "Listing") -> State:
-    place = f"{run.folder.parent.name}/{run.folder.name}"
+    place = run.place
     if f"{place}/rows.csv" in there.paths and _of_this_run(run, there.done.get(place)):
         return State("done", there.done[place]["seconds"])
     if f"{place}/.lock" in there.paths and locks.held(run.folder / ".lock"):
@@ -84,16 +83,7 @@ class Listing:
         """What the JSON file of this name says, for each run that has it; {} where it is damaged or just went away."""
         places = {run: self.paths[f"{run}/{name}"] for run in self.runs_with(name)}
         texts = self.store.cat(list(places.values()), on_error="omit") if places else {}
-        return {run: _json(texts.get(path, b"")) for run, path in places.items()}
-
-
-def _json(text: bytes) -> dict:
-    """What a JSON file says; a damaged one says nothing."""
-    try:
-        content = json.loads(text)
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
+        return {run: read_json(texts.get(path, b"")) for run, path in places.items()}
 
 
 def estimates(there: Listing) -> dict[tuple, float]:
@@ -131,7 +121,7 @@ def claim(out: Path, *, mixed: bool) -> None:
     """Note this version of bdlib in the output folder.  Raises ValueError if another version wrote there, unless `mixed`."""
     note = out / "version.json"
     try:
-        before = _json(note.read_bytes()).get("bdlib")
+        before = read_json(note.read_bytes()).get("bdlib")
     except FileNotFoundError:
         before = None
     if before not in (None, bdlib.__version__) and not mixed:
@@ -139,4 +129,4 @@ def claim(out: Path, *, mixed: bool) -> None:
             f"{out} holds runs of bdlib {before}, this is {bdlib.__version__}: give another --out, or --mix-versions"
         )
     if before != bdlib.__version__:
-        write_atomic(note, lambda file: file.write(json.dumps({"bdlib": bdlib.__version__}).encode()))
+        write_json(note, {"bdlib": bdlib.__version__})

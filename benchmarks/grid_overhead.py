@@ -25,25 +25,16 @@ def main() -> None:
         batch.write_notebook(folder / "notebooks", "02_awm", batch.TRAIN)
         runall.NOTEBOOKS = folder / "notebooks"
         budgets = [str(2 * count) for count in range(1, 11)]
-        grid = [
-            "--dataset",
-            batch.write_images(folder / "images"),
-            "--attack",
-            "badnets",
-            "blended",
-            "--seed",
-            "0",
-            "1",
-            "2",
-        ]
+        models = ["--attack", "badnets", "blended", "--seed", "0", "1", "2"]
+        grid = ["--dataset", batch.write_images(folder / "images"), *models]
         os.environ["BDLIB_HOME"] = str(folder / "home")
         start = time.perf_counter()
         status = runall.main([*grid, "--budget", *budgets, "--workers", str(workers), "--out", str(folder / "out")])
         seconds = time.perf_counter() - start
         runs = len(results.load(folder / "out" / "results.csv"))
-        models = len(list((folder / "home" / "store").glob("*.safetensors")))
+        stored = len(list((folder / "home" / "store").glob("*.safetensors")))
         print(
-            f"status {status}: {runs} runs, {models} models in the store, {batch.trainings(folder / 'out')} trainings"
+            f"status {status}: {runs} runs, {stored} models in the store, {batch.trainings(folder / 'out')} trainings"
         )
         print(
             f"{seconds:.0f} s, {seconds * workers / runs:.1f} s for each run and worker, models and notebooks' own cells included"

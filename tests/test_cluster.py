@@ -1,5 +1,6 @@
 """The grid on Dask: every model once and before its runs, on threads of one process and on workers that share an object store."""
 
+import json
 import os
 import signal
 import subprocess
@@ -152,8 +153,6 @@ class Cluster:
         while not address.exists():
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        import json
-
         self.address = json.loads(address.read_text())["address"]
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
