@@ -44,13 +44,16 @@ def end_with(parent: int) -> None:
     os._exit(1)
 
 
-def model(setting: dict) -> None:
+def model(values: dict) -> None:
     """Make the backdoored model, and what its attack needs, unless the store has them."""
     import torch
 
     from bdlib import experiment  # brings torch, which a notebook's own process has no use for
 
-    experiment.prepare(experiment.Setting(**setting), "cuda" if torch.cuda.is_available() else "cpu")
+    setting = experiment.Setting(**values)
+    train_split, _ = experiment.load_data(setting.profile, setting.dataset)
+    split = experiment.training_part(setting, train_split)
+    experiment.backdoored(setting, split, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def finished(folder: Path, key: str) -> bool:

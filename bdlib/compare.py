@@ -26,7 +26,9 @@ KEY = [
 
 def held(lab: Lab) -> catalog.Held:
     """What a defender may hold of the lab."""
-    return catalog.Held(model=lab.model, clean=lab.clean, train_set=lab.poisoned.train, make_model=lab.fresh_model)
+    return catalog.Held(
+        model=lab.model, second_model=lab.second_model, clean=lab.clean, train_set=lab.poisoned.train, make_model=lab.fresh_model
+    )  # fmt: skip
 
 
 def control(lab: Lab) -> Lab:

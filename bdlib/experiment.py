@@ -110,6 +110,13 @@ class Lab:
         """The same network trained on the same images without the attack, from the store or now."""
         return trained_model(self.setting, self.train, "no attack", self.device)
 
+    def second_model(self) -> nn.Module:
+        """Another network from where this one came: the same training with the next seed, from the store or made now."""
+        setting = dataclasses.replace(self.setting, seed=self.setting.seed + 1)
+        if not len(self.poisoned.indices):
+            return trained_model(setting, self.train, "no attack", self.device)
+        return backdoored(setting, self.train, self.device)[2]
+
     def measure(self, model: nn.Module) -> dict[str, float]:
         """acc, asr, ra, asr_all_classes, acc_non_target of a model on the test split."""
         return metrics.evaluate(model, self.test, self.triggered.test, self.triggered.wanted)
@@ -157,22 +164,40 @@ def prepare(setting: Setting, device: torch.device | str) -> Lab:
     Raises ValueError if a parameter does not fit the dataset.
     """
     device = torch.device(device)
-    train_split, test = load_data(setting.profile, setting.dataset)
-    setting.require_fits(train_split)
-    budget = setting.images(train_split)
+    whole, test = load_data(setting.profile, setting.dataset)
+    train_split = training_part(setting, whole)
     if setting.notebook in BUDGET_IS_TRAINING_SET:
-        train_split, clean_indices = data.fixed_part(train_split, budget), torch.zeros(0, dtype=torch.long)
+        clean_indices = torch.zeros(0, dtype=torch.long)
     else:
-        clean_indices = data.clean_subset(train_split, budget, generator=setting.generator("clean"))
-    stamps, model = arm(setting, train_split, device)
-    poisoned = poison.poison(train_split, setting.threat, stamps, generator=setting.generator("poison"))
+        count = setting.images(train_split)
+        clean_indices = data.clean_subset(train_split, count, generator=setting.generator("clean"))
+    stamps, poisoned, model = backdoored(setting, train_split, device)
     triggered = poison.triggered_test(test, setting.threat, stamps)
-    model = model or trained_model(setting, poisoned.train, setting.attack, device)
     test = test.to(device)
     triggered = poison.Triggered(triggered.test.to(device), triggered.wanted.to(device))
     before = metrics.evaluate(model, test, triggered.test, triggered.wanted)
     clean = train_split.subset(clean_indices)
     return Lab(setting, train_split, test, poisoned, triggered, stamps, model, before, clean, clean_indices, device)
+
+
+def training_part(setting: Setting, train_split: Dataset) -> Dataset:
+    """The training split, or the part of it that the budget allows where that counts training images.
+
+    Raises ValueError if the setting does not fit it.
+    """
+    setting.require_fits(train_split)
+    if setting.notebook in BUDGET_IS_TRAINING_SET:
+        return data.fixed_part(train_split, setting.images(train_split))
+    return train_split
+
+
+def backdoored(
+    setting: Setting, train_split: Dataset, device: torch.device | str
+) -> tuple[Stamps, poison.Poisoned, nn.Module]:
+    """What the attack puts on images, the split that it poisoned, and the network trained on that (from the store, or made now)."""
+    stamps, model = arm(setting, train_split, device)
+    poisoned = poison.poison(train_split, setting.threat, stamps, generator=setting.generator("poison"))
+    return stamps, poisoned, model or trained_model(setting, poisoned.train, setting.attack, torch.device(device))
 
 
 def arm(setting: Setting, train_split: Dataset, device: torch.device | str) -> tuple[Stamps, nn.Module | None]:

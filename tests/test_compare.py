@@ -93,8 +93,8 @@ def test_the_stored_rows_are_of_the_methods_as_they_are():
         "preact_resnet18:8", train.images, len(train.classes), generator=torch.Generator().manual_seed(0)
     )
     held = catalog.Held(
-        model=model, clean=train.subset(slice(200)), train_set=train, make_model=lambda generator: model
-    )
+        model=model, second_model=lambda: model, clean=train.subset(slice(200)), train_set=train, make_model=lambda generator: model
+    )  # fmt: skip
     stored = experiment.stored_rows("all_five_rows").query("budget == 200 and defense != 'none'")
     assert set(compare.chosen("post-training")) <= set(stored["defense"])
     for row in stored.itertuples():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from bdlib import data, experiment, profiles, results
+from bdlib import compare, data, experiment, profiles, results
 from bdlib.train import TrainConfig
 from tests.conftest import same, state
 
@@ -55,6 +55,14 @@ def test_the_same_seed_gives_the_same_bits_in_an_empty_store(small, tmp_path, mo
     first = state(experiment.prepare(small, "cpu").model)
     monkeypatch.setenv("BDLIB_HOME", str(tmp_path / "other"))
     assert same(first, state(experiment.prepare(small, "cpu").model))
+
+
+def test_the_second_model_is_that_of_the_next_seed(small, capsys):
+    lab, following = (experiment.prepare(dataclasses.replace(small, seed=seed), "cpu") for seed in (0, 1))
+    assert same(state(lab.second_model()), state(following.model))
+    clean = compare.control(lab).second_model()
+    assert same(state(clean), state(following.vanilla_model())), "a clean network's fellow is clean"
+    assert capsys.readouterr().out.count("training") == 4
 
 
 def test_the_clean_subset_is_balanced_and_nested_in_the_training_split(small):

@@ -1,5 +1,6 @@
 """MCR: the curve by hand, its ends, the control point's training, the batch-norm statistics of the result."""
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,7 @@ from torch.func import functional_call
 from bdlib.defenses import mcr
 from bdlib.defenses.mcr import McrConfig
 from bdlib.train import TrainConfig
+from tests.conftest import same, state
 
 TUNING = TrainConfig(epochs=2, batch_size=12, lr=0.05)
 
@@ -28,6 +30,19 @@ def test_the_ends_are_the_model_and_its_fine_tuned_copy(network, tiny, t):
     tuned = mcr.fine_tuning(network, tiny, TUNING, generator=torch.Generator().manual_seed(0))
     wanted = network if t == 0 else tuned
     assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
+
+
+def test_a_second_network_is_the_other_end(network, tiny, monkeypatch):
+    """Given one, nothing is fine-tuned, and neither network is changed."""
+    monkeypatch.delattr(mcr, "fine_tuning")
+    other = copy.deepcopy(network)
+    with torch.no_grad():
+        other[0].weight += 1.0
+    before = state(network), state(other)
+    config = McrConfig(t=1.0, path=TUNING)
+    found = mcr.mcr(network, tiny, config, generator=torch.Generator().manual_seed(0), other=other)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found.parameters(), other.parameters(), strict=True))
+    assert same(before[0], state(network)) and same(before[1], state(other))
 
 
 def test_statistics_are_those_of_the_clean_images(network, tiny, generator):

@@ -45,6 +45,7 @@ SMALL = {
     "i_bau": IBauConfig(rounds=2, batch_size=12),
     "nc": NcConfig(rounds=2, steps=2, batch_size=12, index=0.01, tuning=TUNING),
     "mcr": McrConfig(t=0.5, end=TUNING, path=TUNING),
+    "mcr + second network": McrConfig(t=0.5, end=TUNING, path=TUNING),
     "clp": OutlierConfig(u=None, max_drop=0.5),
     "bnp": OutlierConfig(u=None, max_drop=0.5),
     "ep": EpConfig(u=None, max_drop=0.5, batch_size=12),
@@ -97,7 +98,8 @@ def held(model: nn.Module, split) -> catalog.Held:
             model[0].weight += 0.01 * torch.randn(model[0].weight.shape, generator=generator)
         return model
 
-    return catalog.Held(model=model, clean=split, train_set=split, make_model=fresh)
+    second = fresh(torch.Generator().manual_seed(8))
+    return catalog.Held(model=model, second_model=lambda: second, clean=split, train_set=split, make_model=fresh)
 
 
 def defended(name: str, model: nn.Module, split, seed: int = 0) -> nn.Module:

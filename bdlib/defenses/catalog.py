@@ -32,9 +32,13 @@ from bdlib.train import MakeModel, Watch
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
-    """What a defender may hold: a network and clean images, or the poisoned training set and the way to a fresh network."""
+    """What a defender may hold: a network and clean images, or the poisoned training set and the way to a fresh network.
+
+    second_model: gives another network of the same attacker, or of the same honest source.
+    """
 
     model: nn.Module
+    second_model: Callable[[], nn.Module]
     clean: Dataset
     train_set: Dataset
     make_model: MakeModel
@@ -49,7 +53,7 @@ class Held:
 class Method:
     """A defense: what it needs, the settings for what is held, and the call with both; it returns a model in eval()."""
 
-    needs: str  # "clean images", "training set" or "both"
+    needs: str  # "clean images", "training set", "both", or "clean images, two networks"
     config: Callable[[Held], object]
     call: Callable[[Held, object, torch.Generator, Watch], nn.Module]
 
@@ -83,6 +87,13 @@ METHODS: dict[str, Method] = {
     "i_bau": on_clean(i_bau.i_bau, lambda held: i_bau.recipe(held.budget)),
     "nc": on_clean(nc.nc, lambda held: nc.recipe(held.budget)),
     "mcr": on_clean(mcr.mcr, lambda held: mcr.recipe(held.budget)),
+    "mcr + second network": Method(
+        "clean images, two networks",
+        lambda held: mcr.recipe(held.budget),
+        lambda held, config, generator, watch: mcr.mcr(
+            held.model, held.clean, config, generator=generator, watch=watch, other=held.second_model()
+        ),
+    ),
     "clp": Method(
         "clean images",
         lambda held: selection.recipe(held.model),

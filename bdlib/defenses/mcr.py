@@ -1,7 +1,7 @@
 """Mode connectivity repair (MCR), Zhao et al., ICLR 2020, arXiv 2005.00060.
 
 On a path of low loss between two backdoored networks, trained on clean images alone, there are networks without the backdoor:
- 1  the other end: a copy of the model, fine-tuned on the clean images
+ 1  the other end: another network of the same attacker (the paper), or a copy of the model, fine-tuned on the clean images [b]
  2  the path: a Bezier curve w(t) = (1 - t)^2 w_0 + 2 t (1 - t) w_1 + t^2 w_2 with a control point w_1, at first halfway
  3  train w_1: for each batch draw t in [0, 1], step w_1 downhill on the loss of w(t)
  4  the result is w(t) at one t, its batch-norm statistics collected anew on the clean images
@@ -28,8 +28,8 @@ Weights = dict[str, torch.Tensor]  # parameter name -> value
 class McrConfig:
     """Settings of MCR; sources: [b] BackdoorBench.  Raises ValueError if one is out of range."""
 
-    t: float = 0.1  # where on the path the result lies: 0 is the model, 1 its fine-tuned copy [b]
-    end: TrainConfig = CONFIG  # of step 1 [b]
+    t: float = 0.1  # where on the path the result lies: 0 is the model, 1 the other end [b]
+    end: TrainConfig = CONFIG  # of step 1, where the other end is the model's copy [b]
     path: TrainConfig = field(default_factory=lambda: replace(CONFIG, batch_size=128, lr=3e-5))  # of step 3 [b]
 
     def __post_init__(self) -> None:
@@ -38,14 +38,22 @@ class McrConfig:
 
 
 def mcr(
-    model: nn.Module, clean: Dataset, config: McrConfig, *, generator: torch.Generator, watch: Watch = iter
+    model: nn.Module,
+    clean: Dataset,
+    config: McrConfig,
+    *,
+    generator: torch.Generator,
+    watch: Watch = iter,
+    other: nn.Module | None = None,
 ) -> nn.Module:
-    """A network from the path between the model and its fine-tuned copy (arXiv:2005.00060), in eval().
+    """A network from the path between the model and another one (arXiv:2005.00060), in eval().
 
-    clean: the defender's images, uint8, with their labels.  The input model is not changed.
+    clean: the defender's images, uint8, with their labels.  other: the second backdoored network, of the model's architecture; None
+    takes the model's fine-tuned copy.  Neither input is changed.
     Raises ValueError without clean images, FloatingPointError when the loss is no longer a number.
     """
-    other = fine_tuning(model, clean, config.end, generator=generator, watch=watch)
+    if other is None:
+        other = fine_tuning(model, clean, config.end, generator=generator, watch=watch)
     ends = weights_of(model), weights_of(other)
     middle = train_middle(other, ends, clean, config, generator=generator, watch=watch)
     result = copy.deepcopy(model)
