@@ -26,19 +26,19 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bdlib import data, files, grid, models, page, profiles, results, runs, schedule, store
-from bdlib.attacks import catalog
-from bdlib.experiment import home, project_root
+from bdlib import checks, files, grid, page, profiles, results, runs, schedule
 from bdlib.grid import Run
 from bdlib.job import Outcome
 from bdlib.live import Live
+from bdlib.places import home, project_root
 
 NOTEBOOKS = project_root() / "notebooks"
 console = Console()
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else arguments
+    options = parser(known() if {"-h", "--help"} & set(words) else None).parse_args(words)
     try:
         options.out = files.place(options.out or home())
         if files.on_disk(options.out):
@@ -66,7 +66,7 @@ def plan_and_do(options: argparse.Namespace) -> int:
 
 def carry_out(whole: list[Run], options: argparse.Namespace) -> int:
     """Run what is not finished, then write the rows, the figures and the page of everything that is; the exit code."""
-    store.require_writable(home() / "store")
+    files.require_writable(home() / "store")
     runs.claim(options.out, mixed=options.mix_versions)
     waiting = to_do(whole, runs.Listing(options.out), options)
     if options.force:
@@ -90,17 +90,24 @@ def carry_out(whole: list[Run], options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def parser() -> argparse.ArgumentParser:
+def known() -> dict[str, str]:
+    """The names that --help lists."""
+    from bdlib import data, models  # bring torch, which takes seconds
+    from bdlib.attacks import catalog
+
+    lists = {"dataset": data.NAMES, "arch": models.ARCHS, "attack": catalog.names()}
+    return {option: ", ".join(names) for option, names in lists.items()}
+
+
+def parser(known: dict[str, str] | None = None) -> argparse.ArgumentParser:
+    """known: the names that the help lists for --dataset, --arch and --attack."""
+    known = known or dict.fromkeys(("dataset", "arch", "attack"), "")
     names = ", ".join(all_notebooks())
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--only", nargs="+", metavar="NOTEBOOK", help=f"notebooks to run: {names} (default: all)")
-    p.add_argument("--dataset", nargs="+", help=f"{', '.join(data.NAMES)}, or folder:PATH")
-    p.add_argument(
-        "--arch", nargs="+", help=f"{', '.join(models.ARCHS)}; with :WIDTH for another width: preact_resnet18:8"
-    )
-    p.add_argument(
-        "--attack", nargs="+", help=f"{', '.join(catalog.names())}; blended:FILE; with _a2a behind it all-to-all"
-    )
+    p.add_argument("--dataset", nargs="+", help=f"{known['dataset']}, or folder:PATH")
+    p.add_argument("--arch", nargs="+", help=f"{known['arch']}; with :WIDTH for another width: preact_resnet18:8")
+    p.add_argument("--attack", nargs="+", help=f"{known['attack']}; blended:FILE; with _a2a behind it all-to-all")
     p.add_argument(
         "--budget",
         nargs="+",
@@ -181,7 +188,7 @@ def planned(options: argparse.Namespace) -> list[Run]:
     profiles.require(options.profile)
     axes = {name: getattr(options, name) for name in grid.AXES}
     whole = grid.plan(notebooks(options.only), options.profile, axes, extra_parameters(options.set), options.out)
-    for line in (wrong := grid.complaints(whole)):
+    for line in (wrong := checks.complaints(whole)):
         complain(line)
     if options.shard and not wrong:
         return grid.shard(whole, *options.shard)
@@ -247,6 +254,7 @@ def run_each(waiting: list[Run], options: argparse.Namespace) -> list[Outcome]:
             for run, outcome in ended:
                 outcomes.append(outcome)
                 live.run_ended()
+                page.of_notebook(run.folder)
                 say_outcome(run, outcome)
                 if not outcome.well and not options.keep_going:
                     break
@@ -323,7 +331,11 @@ def write_results(whole: list[Run], out: Path) -> pd.DataFrame:
     """The rows of every finished run of this grid; written to OUT/results.csv, drawn in OUT/figures/, shown in OUT/index.html."""
     from bdlib import report  # brings matplotlib and seaborn: too slow for --help
 
-    known = runs.states(whole, runs.Listing(out))
+    there = runs.Listing(out)
+    known = runs.states(whole, there)
+    for run in whole:  # those that ended when nobody was there to make their page
+        if known[run.folder].word in ("done", "failed") and f"{run.place}/executed.html" not in there.paths:
+            page.of_notebook(run.folder)
     rows = runs.rows(run.folder for run in whole if known[run.folder].word == "done")
     if not rows.empty:
         results.save(rows, out / "results.csv")

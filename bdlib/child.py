@@ -15,7 +15,7 @@ import traceback
 from pathlib import Path
 
 from bdlib import locks
-from bdlib.files import on_disk, place, read_json, write_atomic, write_json
+from bdlib.files import on_disk, place, read_json, write_json
 
 # The exit status that says: the kernel died or did not start, no cell is to blame, and another try may do.
 TRY_AGAIN = 75
@@ -71,7 +71,7 @@ def notebook(job: dict) -> int:
     with locks.hold(folder / ".lock", lambda: print("another process runs this notebook: waiting for it")):
         if finished(folder, job["key"]):
             return 0
-        for stale in ("done.json", "failed.json", "rows.csv"):
+        for stale in ("done.json", "failed.json", "rows.csv", "executed.html"):
             (folder / stale).unlink(missing_ok=True)
         # On an object store the notebook writes to the working folder, which is copied up when it ends.
         out = folder if on_disk(folder) else work / "out"
@@ -81,7 +81,6 @@ def notebook(job: dict) -> int:
         if status == 0 and not (out / "rows.csv").exists():
             print("Error: the notebook ended without rows.csv")
             status = 1
-        as_page(out / "executed.ipynb")
         if out != folder:
             for path in (path for path in out.rglob("*") if path.is_file()):
                 (folder / path.relative_to(out).as_posix()).write_bytes(path.read_bytes())
@@ -94,6 +93,8 @@ def notebook(job: dict) -> int:
 
 def execute(job: dict, work: Path, out: Path) -> int:
     """Run papermill; the exit status.  A cell's error is in the notebook and printed."""
+    # nbformat's jsonschema imports it where it is found, which takes two seconds: grammars of web addresses that no notebook needs.
+    sys.modules["rfc3987_syntax"] = None
     import papermill
     from nbclient.exceptions import DeadKernelError
 
@@ -108,15 +109,6 @@ def execute(job: dict, work: Path, out: Path) -> int:
         no_start = isinstance(error, RuntimeError) and str(error).startswith("Kernel d")
         return TRY_AGAIN if isinstance(error, DeadKernelError) or no_start else 1
     return 0
-
-
-def as_page(executed: Path) -> None:
-    """The executed notebook as a web page beside it, if papermill came far enough to write it."""
-    from nbconvert import HTMLExporter
-
-    if executed.exists():
-        page, _ = HTMLExporter().from_filename(str(executed))
-        write_atomic(executed.with_suffix(".html"), lambda file: file.write(page.encode()))
 
 
 if __name__ == "__main__":

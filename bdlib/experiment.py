@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import os
 import re
 import sys
 import time
@@ -16,10 +15,11 @@ import torch
 from torch import nn
 
 import bdlib
-from bdlib import data, files, metrics, models, poison, profiles, results, store, train
+from bdlib import data, metrics, models, poison, profiles, results, store, train
 from bdlib.attacks import catalog
 from bdlib.attacks.attacker import Attacker, Stamps
 from bdlib.data import Dataset
+from bdlib.places import data_root, home, project_root
 
 PAPERS = {
     "00_backdoors": "-",
@@ -30,8 +30,6 @@ PAPERS = {
     "05_ft_sam": "arXiv:2304.11823",
     "06_all_five": "-",
 }
-# Notebooks whose budget is training images, 0 = all: a defense that trains on the poisoned set and holds no clean images.
-BUDGET_IS_TRAINING_SET = ("04_cbd",)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +67,7 @@ class Setting:
 
     def images(self, train_split: Dataset) -> int:
         """The budget as a number of images of this training split.  Raises ValueError if it does not fit."""
-        if self.notebook in BUDGET_IS_TRAINING_SET and str(self.budget) == "0":
+        if self.notebook in profiles.BUDGET_IS_TRAINING_SET and str(self.budget) == "0":
             return len(train_split)
         return data.resolve_budget(self.budget, train_split)
 
@@ -166,7 +164,7 @@ def prepare(setting: Setting, device: torch.device | str) -> Lab:
     device = torch.device(device)
     whole, test = load_data(setting.profile, setting.dataset)
     train_split = training_part(setting, whole)
-    if setting.notebook in BUDGET_IS_TRAINING_SET:
+    if setting.notebook in profiles.BUDGET_IS_TRAINING_SET:
         clean_indices = torch.zeros(0, dtype=torch.long)
     else:
         count = setting.images(train_split)
@@ -186,7 +184,7 @@ def training_part(setting: Setting, train_split: Dataset) -> Dataset:
     Raises ValueError if the setting does not fit it.
     """
     setting.require_fits(train_split)
-    if setting.notebook in BUDGET_IS_TRAINING_SET:
+    if setting.notebook in profiles.BUDGET_IS_TRAINING_SET:
         return data.fixed_part(train_split, setting.images(train_split))
     return train_split
 
@@ -342,22 +340,6 @@ def forget_peak_memory(device: torch.device) -> None:
 def describe_device(device: torch.device) -> str:
     """The GPU's name, or the number of CPU threads."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu x {torch.get_num_threads()}"
-
-
-def project_root() -> Path:
-    """The clone that bdlib was installed from, or else the current folder."""
-    root = Path(__file__).resolve().parents[1]
-    return root if (root / "runall.py").exists() else Path.cwd()
-
-
-def home() -> Path:
-    """Where models and runs are kept: $BDLIB_HOME, a folder or a URL such as s3://bucket/folder, or `runs/` of the project."""
-    return files.place(os.environ.get("BDLIB_HOME") or project_root() / "runs")
-
-
-def data_root() -> Path:
-    """Where datasets are kept: $BDLIB_DATA, or `data/` of the project."""
-    return Path(os.environ.get("BDLIB_DATA") or project_root() / "data")
 
 
 def out_folder(out: str) -> Path:

@@ -1,6 +1,7 @@
-"""The grid behind runall.py: which notebook runs there are, and what is checked before any starts.
+"""The grid behind runall.py: which notebook runs there are.
 
-One run = one notebook with one set of parameters.  `runs` knows which are finished, `job` executes one, `schedule` hands them out.
+One run = one notebook with one set of parameters.  `checks` says whether all may start, `runs` which are finished, `job` executes one,
+`schedule` hands them out.
 """
 
 import ast
@@ -13,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from bdlib import data, experiment, profiles
+from bdlib import profiles
 
 # The axes of the grid, each a parameter of every notebook; any other parameter is set with --set.
 AXES = ("dataset", "arch", "attack", "budget", "poison_rate", "target_label", "seed")
@@ -49,13 +50,13 @@ class Run:
     @property
     def model(self) -> tuple:
         """What decides the backdoored model: runs with the same values share one."""
-        images = self.parameters["budget"] if self.notebook.stem in experiment.BUDGET_IS_TRAINING_SET else 0
+        images = self.parameters["budget"] if self.notebook.stem in profiles.BUDGET_IS_TRAINING_SET else 0
         return (*(self.parameters[name] for name in MODEL), images)
 
-    def setting(self) -> experiment.Setting:
-        """The run's parameters, checked.  Raises ValueError that says what is allowed."""
-        chosen = {name: self.parameters[name] for name in ("profile", *AXES)}
-        return experiment.Setting(notebook=self.notebook.stem, **chosen)
+    @property
+    def values(self) -> dict[str, object]:
+        """What makes an `experiment.Setting` of the run."""
+        return {"notebook": self.notebook.stem} | {name: self.parameters[name] for name in ("profile", *AXES)}
 
 
 def source(notebook: Path) -> tuple[str, str]:
@@ -148,48 +149,3 @@ def notebook_parameters(notebook: Path) -> dict[str, object]:
             lines = ast.parse("".join(cell["source"])).body
             return {line.targets[0].id: ast.literal_eval(line.value) for line in lines if isinstance(line, ast.Assign)}
     raise ValueError(f"{notebook} has no cell tagged parameters")
-
-
-def complaints(runs: list[Run]) -> list[str]:
-    """Everything that is wrong with the parameters of these runs, each said once; empty if all may start."""
-    found: dict[str, None] = {}
-    seen = set()
-    for run in runs:
-        # The seed's value decides nothing else, so of ten thousand runs a few are different.
-        same = (run.notebook, run.parameters["seed"] >= 0 if type(run.parameters["seed"]) is int else None)
-        same += tuple((name, repr(value)) for name, value in run.parameters.items() if name not in ("seed", "out"))
-        if same in seen:
-            continue
-        seen.add(same)
-        try:
-            check(run)
-        except (ValueError, RuntimeError) as error:
-            found[f"{run.notebook.stem}: {error}"] = None
-    return list(found)
-
-
-def check(run: Run) -> None:
-    """Raises ValueError that says what is allowed if a parameter of the run does not exist or does not fit."""
-    known = notebook_parameters(run.notebook)
-    for name, value in run.parameters.items():
-        if name not in known:
-            raise ValueError(f"unknown parameter {name!r}; it has {', '.join(known)}")
-        number = isinstance(known[name], (int, float)) and not isinstance(known[name], bool)
-        if name != "budget" and (isinstance(value, str) if number else type(value) is not type(known[name])):
-            raise ValueError(f"parameter {name} must be like {known[name]!r}, got {value!r}")
-    setting = run.setting()
-    if _on_disk(setting.dataset):
-        train_split, _ = _splits(setting.profile, setting.dataset)
-        setting.require_fits(train_split)
-
-
-@functools.cache
-def _splits(profile: str, dataset: str) -> tuple[data.Dataset, data.Dataset]:
-    """The splits that a run of this profile uses, read once for all runs."""
-    return experiment.load_data(profile, dataset)
-
-
-def _on_disk(dataset: str) -> bool:
-    """Whether the dataset can be looked at without a download; if not, the notebook itself checks the rest."""
-    on_disk = (experiment.data_root() / f"{dataset}.npz").exists()
-    return on_disk or dataset in data.EMBEDDED or dataset not in data.NAMES

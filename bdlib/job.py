@@ -19,14 +19,16 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
-from bdlib import child, experiment, grid
+from bdlib import child, grid
 from bdlib.files import on_disk, place, write_atomic, write_json
+from bdlib.places import project_root
 
 Tell = Callable[[dict], None]  # is told which cell of how many a run is at
+DRIVERS = ("nvidiactl", "dxg", "nvmap", "kfd")  # in /dev: NVIDIA's, that of WSL, of Jetson, AMD's
 stopped: set[str] = set()  # the batches that were told to stop; a worker serves several
 
 
-def places() -> dict[str, str]:
+def told_places() -> dict[str, str]:
     """BDLIB_HOME and BDLIB_DATA where they are set, not relative to the folder that this process happens to be in."""
     names = ("BDLIB_HOME", "BDLIB_DATA")
     found = {name: place(os.environ[name]) for name in names if os.environ.get(name)}
@@ -47,7 +49,7 @@ class Job:
     parameters: dict | None = None  # of a notebook
     folder: str = ""  # where the log goes, and a notebook's results
     key: str = ""  # of a notebook: `grid.Run.key`
-    places: dict = field(default_factory=places)  # of store and datasets, where runall.py was told
+    places: dict = field(default_factory=told_places)  # of store and datasets, where runall.py was told
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ def model(run: grid.Run, batch: str, threads: int | None, timeout: float | None)
     p = run.parameters
     name = f"model {p['dataset']} {p['attack']} seed={p['seed']}"
     folder = run.folder.parents[1] / "models" / hashlib.sha256(repr(run.model).encode()).hexdigest()[:12]
-    setting = asdict(run.setting())
+    setting = run.values
     return Job("model", name, batch, grid.package_hash(), threads, timeout, setting=setting, folder=str(folder))
 
 
@@ -165,9 +167,11 @@ def end(process: subprocess.Popen) -> None:
 
 def environment(job: Job, work: Path) -> dict[str, str]:
     """Ours, with this very bdlib first on the path, the worker's share of cores and GPUs, and the process's own folders."""
-    path = os.pathsep.join(filter(None, [str(experiment.project_root()), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(project_root()), os.environ.get("PYTHONPATH")]))
     threads = str(job.threads or os.environ.get("BDLIB_THREADS") or cores())
-    own = places() | job.places | {"IPYTHONDIR": str(work / "ipython"), "JUPYTER_RUNTIME_DIR": str(work / "jupyter")}
+    own = (
+        told_places() | job.places | {"IPYTHONDIR": str(work / "ipython"), "JUPYTER_RUNTIME_DIR": str(work / "jupyter")}
+    )
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
     return os.environ | {"PYTHONPATH": path} | own | counts | gpu()
 
@@ -179,14 +183,21 @@ def cores() -> int:
 
 def gpu() -> dict[str, str]:
     """For the n-th worker of an embedded cluster on a host with GPUs: the n-th of them, alone."""
-    import torch
-
-    number = worker_name()
-    if not isinstance(number, int) or not torch.cuda.is_available():
+    number, count = worker_name(), gpus()
+    if not isinstance(number, int) or not count:
         return {}
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    names = visible if visible != [""] else [str(index) for index in range(torch.cuda.device_count())]
+    names = visible if visible != [""] else [str(index) for index in range(count)]
     return {"CUDA_VISIBLE_DEVICES": names[number % len(names)]}
+
+
+def gpus() -> int:
+    """GPUs that torch can use here; it is asked, which takes seconds and 600 MB, only where a driver may be."""
+    if sys.platform == "linux" and not any(Path(f"/dev/{name}").exists() for name in DRIVERS):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def where() -> str:

@@ -1,4 +1,4 @@
-"""OUT/index.html: the rows, figures, notebooks and failures of a grid as a page that needs no server and no network."""
+"""The pages of a grid, which need no server: OUT/index.html with rows, figures and failures, and each executed notebook."""
 
 import platform
 from datetime import UTC, datetime
@@ -40,6 +40,18 @@ def write(out: Path, whole: list[Run], known: dict[Path, State], rows: pd.DataFr
         figures=sorted(path.name for path in (out / "figures").glob("*.png")),
     )
     write_atomic(out / "index.html", lambda file: file.write(text.encode()))
+
+
+def of_notebook(folder: Path) -> None:
+    """The executed notebook of this run's folder as a page beside it, executed.html, unless there is one, or papermill wrote none."""
+    # Here, not in the run's own process: nbconvert's import and first page take two seconds.
+    import nbformat
+    from nbconvert import HTMLExporter
+
+    executed, page = folder / "executed.ipynb", folder / "executed.html"
+    if executed.exists() and not page.exists():
+        text, _ = HTMLExporter().from_notebook_node(nbformat.reads(executed.read_text(encoding="utf-8"), as_version=4))
+        write_atomic(page, lambda file: file.write(text.encode()))
 
 
 def line(run: Run, state: State) -> dict[str, object]:

@@ -1,8 +1,16 @@
 """The two profiles: how a model is trained and which values runall.py fills in, for each dataset."""
 
-from bdlib.train import TrainConfig
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from bdlib.train import TrainConfig
 
 NAMES = ("quick", "paper")
+
+# Notebooks whose budget is training images, 0 = all: a defense that trains on the poisoned set and holds no clean images.
+BUDGET_IS_TRAINING_SET = ("04_cbd",)
 
 # Images of the training split that the quick profile uses at most: what two CPU cores train in minutes.
 QUICK_TRAIN_LIMIT = 20_000
@@ -16,6 +24,8 @@ def require(profile: str) -> None:
 
 def training(profile: str, dataset: str) -> TrainConfig:
     """How the attacker trains.  quick: few epochs at a high learning rate; paper: BackdoorBench's protocol."""
+    from bdlib.train import TrainConfig  # brings torch, which a plan of runs has no use for
+
     require(profile)
     if profile == "quick":
         epochs = {"signs": 12, "digits": 30}.get(dataset, 15)
@@ -35,7 +45,7 @@ def defaults(profile: str, dataset: str | None = None, notebook: str = "") -> di
     dataset = dataset or ("signs" if profile == "quick" else "cifar10")
     arch = "preact_resnet18:8" if profile == "quick" else "preact_resnet18"
     budget = 200 if dataset in ("signs", "digits") else 500
-    if notebook == "04_cbd":
-        budget = 0  # the whole training split
+    if notebook in BUDGET_IS_TRAINING_SET:
+        budget = 0
         arch = arch if profile == "quick" else "wrn_16_1"
     return {"profile": profile, "dataset": dataset, "arch": arch, "budget": budget}

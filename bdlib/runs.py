@@ -1,7 +1,7 @@
 """What is known of the runs below an output folder, on a disk or an object store: finished, failed, running, how long they took.
 
-A run's folder holds `executed.ipynb`, `executed.html`, `log.txt`, the notebook's own `rows.csv`, and, written last, `done.json` or
-`failed.json`; `.lock` is held while it runs.
+A run's folder holds `executed.ipynb`, `log.txt`, the notebook's own `rows.csv`, and, written last, `done.json` or `failed.json`;
+`.lock` is held while it runs.  `page` adds `executed.html`.
 """
 
 import functools
@@ -110,7 +110,8 @@ def rows(folders: Iterable[Path]) -> pd.DataFrame:
 
 def collect(out: Path) -> pd.DataFrame:
     """The rows of every finished run below `out`, of this grid or another; written to OUT/all_rows.csv and OUT/all_rows.parquet."""
-    whole = rows(out / place for place in Listing(out).runs_with("done.json"))
+    there = Listing(out)
+    whole = rows(out / place for place in there.runs_with("done.json") if f"{place}/rows.csv" in there.paths)
     results.save(whole, out / "all_rows.csv")
     texts = {name: "string" for name in ("paper", "config", "measures", "device", "torch", "bdlib")}
     write_atomic(out / "all_rows.parquet", lambda file: whole.astype(texts).to_parquet(file, index=False))

@@ -19,9 +19,7 @@ PATIENCE = 10  # seconds that a scheduler may take to answer
 
 def default_workers() -> int:
     """One for each GPU, or one for every two cores."""
-    import torch
-
-    return torch.cuda.device_count() or max(1, job.cores() // 2)
+    return job.gpus() or max(1, job.cores() // 2)
 
 
 @contextmanager

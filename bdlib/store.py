@@ -4,7 +4,6 @@ import functools
 import hashlib
 import json
 import logging
-import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,18 +29,6 @@ class Artifact:
 def key(fields: dict) -> str:
     """Hash of everything that decides the bits; the order of the fields does not matter."""
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def require_writable(folder: Path) -> None:
-    """Raises ValueError that names the folder if nothing can be written there."""
-    probe = folder / f".probe-{secrets.token_hex(6)}"
-    try:
-        write_atomic(probe, lambda file: file.write(b"x"))
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"the store of models cannot be written, {folder}: {error}; BDLIB_HOME names another place"
-        ) from error
 
 
 def fetch(folder: Path, fields: dict, make: Callable[[], nn.Module]) -> Artifact:

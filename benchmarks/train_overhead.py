@@ -12,7 +12,7 @@ import time
 import torch
 import torch.nn.functional as F
 
-from bdlib import data, experiment, models, train
+from bdlib import data, experiment, models, places, train
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=6400, help="images of one epoch")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
-    whole, _ = data.load(options.dataset, experiment.data_root())
+    whole, _ = data.load(options.dataset, places.data_root())
     split = whole.subset(slice(options.images))
     split = data.replace(split, crop_padding=4, flip=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"

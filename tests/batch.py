@@ -26,11 +26,11 @@ out = "nowhere"
 """
 # A notebook that trains its model, or finds it in the store, and writes one row: that of the network as it is.
 TRAIN = """
-from bdlib import experiment, results
+from bdlib import experiment, files, results
 chosen = dict(profile=profile, dataset=dataset, attack=attack, arch=arch, budget=budget, poison_rate=poison_rate, seed=seed)
 lab = experiment.prepare(experiment.Setting(notebook="02_awm", target_label=target_label, **chosen), "cpu")
 row = lab.row("none", "default", lab.model, budget=len(lab.clean), seconds=0.0, config=None)
-results.save(results.table([row]), experiment.files.place(out) / "rows.csv")
+results.save(results.table([row]), files.place(out) / "rows.csv")
 """
 
 

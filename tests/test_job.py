@@ -4,7 +4,6 @@ import types
 
 import distributed
 import pytest
-import torch
 
 from bdlib import grid, job
 from tests import batch
@@ -33,7 +32,7 @@ def test_store_and_datasets_lie_where_runall_was_told(tmp_path, monkeypatch, giv
     monkeypatch.setenv("BDLIB_HOME", given)
     monkeypatch.delenv("BDLIB_DATA", raising=False)
     wanted = given if "://" in given else str(tmp_path / "store")
-    assert job.places() == {"BDLIB_HOME": wanted}
+    assert job.told_places() == {"BDLIB_HOME": wanted}
     todo = job.Job("model", "a model", "batch", grid.package_hash(), 1, None)
     monkeypatch.setenv("BDLIB_HOME", "/the/worker/has/another")
     assert job.environment(todo, tmp_path)["BDLIB_HOME"] == wanted
@@ -50,8 +49,7 @@ def test_a_worker_elsewhere_takes_its_own_threads(todo, tmp_path, monkeypatch):
 @pytest.mark.parametrize(("name", "visible", "seen"), [(0, None, "0"), (1, None, "1"), (2, None, "0"), (1, "5,7", "7")])
 def test_each_embedded_worker_sees_a_gpu_of_its_own(monkeypatch, name, visible, seen):
     monkeypatch.setattr(distributed, "get_worker", lambda: types.SimpleNamespace(name=name))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(job, "gpus", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible:
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -60,7 +58,7 @@ def test_each_embedded_worker_sees_a_gpu_of_its_own(monkeypatch, name, visible, 
 
 def test_a_worker_of_another_cluster_keeps_the_gpus_that_it_was_given(monkeypatch):
     monkeypatch.setattr(distributed, "get_worker", lambda: types.SimpleNamespace(name="tcp://there:1"))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(job, "gpus", lambda: 2)
     assert job.gpu() == {}
 
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 import runall
-from bdlib import experiment, results
+from bdlib import places, results
 
 ROOT = Path(__file__).parents[1]
 BANDS = pd.read_csv(ROOT / "tests" / "key_numbers.csv")
@@ -75,7 +75,7 @@ def test_the_main_job_is_not_done_twice(main_job, capsys):
 
 
 def test_models_came_from_or_went_to_the_store(main_job):
-    assert list((experiment.home() / "store").glob("*.safetensors"))
+    assert list((places.home() / "store").glob("*.safetensors"))
 
 
 def test_a_band_that_is_missed_is_seen():

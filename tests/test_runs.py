@@ -120,9 +120,11 @@ def test_the_time_left_says_what_it_does_not_know(notebooks, tmp_path, capsys):
 
 def test_collect_takes_the_rows_of_every_finished_run(notebooks, tmp_path, capsys):
     out = tmp_path / "out"
-    first, second, half = planned(notebooks, out, seed=[0, 1, 2])
+    first, second, half, bare = planned(notebooks, out, seed=[0, 1, 2, 3])
     finish(first, seed=0)
     finish(second, seed=1)
+    finish(bare, seed=3)
+    (bare.folder / "rows.csv").unlink()
     put(half.folder / "rows.csv", "paper")
     assert runall.main(["--out", str(out), "--collect"]) == 0
     assert "2 rows" in capsys.readouterr().out
@@ -150,6 +152,19 @@ def test_shards_are_the_whole_grid_and_share_no_model(notebooks, tmp_path):
     assert [len(part) for part in models] == [2, 2, 1] and not set.intersection(*models)
     with pytest.raises(ValueError, match="shard 6/6 holds no run: the grid has 5 models"):
         grid.shard(whole, 6, 6)
+
+
+def test_a_notebook_becomes_a_page_once(notebooks, out):
+    (run,) = planned(notebooks, out)
+    page.of_notebook(run.folder)
+    assert not (run.folder / "executed.html").exists(), "papermill wrote nothing"
+    put(run.folder / "executed.ipynb", run.notebook.read_text())
+    page.of_notebook(run.folder)
+    text = (run.folder / "executed.html").read_text()
+    assert "poison_rate" in text
+    put(run.folder / "executed.html", "here already")
+    page.of_notebook(run.folder)
+    assert (run.folder / "executed.html").read_text() == "here already"
 
 
 def test_the_page_shows_rows_failures_and_figures_and_escapes_what_it_shows(notebooks, out):

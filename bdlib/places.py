@@ -1,0 +1,22 @@
+"""Where the project, its datasets, models and runs lie."""
+
+import os
+from pathlib import Path
+
+from bdlib import files
+
+
+def project_root() -> Path:
+    """The clone that bdlib was installed from, or else the current folder."""
+    root = Path(__file__).resolve().parents[1]
+    return root if (root / "runall.py").exists() else Path.cwd()
+
+
+def home() -> Path:
+    """Where models and runs are kept: $BDLIB_HOME, a folder or a URL such as s3://bucket/folder, or `runs/` of the project."""
+    return files.place(os.environ.get("BDLIB_HOME") or project_root() / "runs")
+
+
+def data_root() -> Path:
+    """Where datasets are kept: $BDLIB_DATA, or `data/` of the project."""
+    return Path(os.environ.get("BDLIB_DATA") or project_root() / "data")

@@ -1,0 +1,72 @@
+"""What is checked before a grid starts: in a process of its own where torch is not imported, and once."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from bdlib import checks, fits, grid
+from tests import batch
+
+
+@pytest.fixture
+def plan(tmp_path, monkeypatch):
+    """Plans runs of a light notebook; the checks believe that torch is not imported; what they ask is kept, and answered here."""
+    batch.write_notebook(tmp_path / "notebooks", "00_backdoors", "pass")
+    monkeypatch.setenv("BDLIB_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(checks, "torch_is_here", lambda: False)
+    asked = []
+
+    def answer(command, *, input, **_):
+        asked.append(json.loads(input))
+        return subprocess.CompletedProcess(command, 0, json.dumps(fits.complaints(asked[-1])))
+
+    monkeypatch.setattr(subprocess, "run", answer)
+
+    def plan(**axes):
+        return grid.plan([tmp_path / "notebooks" / "00_backdoors.ipynb"], "quick", axes, {}, tmp_path / "out")
+
+    plan.asked = asked
+    return plan
+
+
+def test_what_passed_is_not_asked_again(plan):
+    assert checks.complaints(plan(seed=[0, 1, 2], budget=[10, 20])) == [] and [len(call) for call in plan.asked] == [2]
+    assert checks.complaints(plan(seed=[5, 1], budget=[10, 20])) == [] and len(plan.asked) == 1
+    assert checks.complaints(plan(budget=[10, 30])) == [] and len(plan.asked) == 2
+
+
+def test_what_failed_is_asked_again(plan):
+    for count in (1, 2):
+        (said,) = checks.complaints(plan(attack=["blend", "badnets"]))
+        assert said.startswith("00_backdoors: attack must be one of badnets") and len(plan.asked) == count
+
+
+def test_files_of_the_user_are_looked_at_every_time(plan, tmp_path):
+    name = batch.write_images(tmp_path / "images")
+    for count in (1, 2):
+        assert checks.complaints(plan(dataset=[name], budget=[2])) == [] and len(plan.asked) == count
+
+
+def test_a_dataset_that_appears_is_looked_at(plan, tmp_path, monkeypatch):
+    monkeypatch.setenv("BDLIB_DATA", str(tmp_path))
+    assert checks.complaints(plan(dataset=["svhn"], budget=[9])) == [], "it is not here: the notebook will say more"
+    (tmp_path / "svhn.npz").write_bytes(b"damaged")
+    (said,) = checks.complaints(plan(dataset=["svhn"], budget=[9]))
+    assert "svhn.npz is damaged or no dataset" in said
+
+
+def test_a_check_that_breaks_says_so(plan, monkeypatch):
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: subprocess.CompletedProcess(command, 1, ""))
+    with pytest.raises(ValueError, match="could not be checked"):
+        checks.complaints(plan())
+
+
+@pytest.mark.parametrize("option", ["--dry-run", "--status"])
+def test_a_plan_does_not_import_torch(tmp_path, monkeypatch, option):
+    """It takes seconds and 600 MB, for the first plan in a process that ends."""
+    monkeypatch.setenv("BDLIB_HOME", str(tmp_path))
+    call = f"import sys, runall; status = runall.main(['{option}', '--seed', '0', '1']); print(status, 'torch' in sys.modules)"
+    ended = subprocess.run([sys.executable, "-c", call], cwd=batch.ROOT, capture_output=True, text=True, check=False)
+    assert ended.stdout.splitlines()[-1] == "0 False", ended
