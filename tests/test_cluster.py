@@ -23,7 +23,10 @@ def notebooks(tmp_path, monkeypatch):
 
 
 def sixty(notebooks, out):
-    axes = {"attack": ["badnets", "blended"], "seed": [0, 1, 2], "budget": list(range(10, 110, 10))}
+    return planned(notebooks, out, attack=["badnets", "blended"], seed=[0, 1, 2], budget=list(range(10, 110, 10)))
+
+
+def planned(notebooks, out, **axes):
     return grid.plan([notebooks / "02_awm.ipynb"], "quick", axes, {}, out)
 
 
@@ -95,8 +98,7 @@ def test_a_model_that_cannot_be_made_fails_its_runs_and_no_other(notebooks, tmp_
 
 def test_a_model_of_one_run_is_no_task_of_its_own(notebooks, tmp_path, monkeypatch):
     monkeypatch.setattr(job, "once", lambda *_: (job.Outcome(True), "", False))
-    axes = {"attack": ["badnets"], "seed": [0, 1]}
-    runs = grid.plan([notebooks / "02_awm.ipynb"], "quick", axes, {}, tmp_path / "out")
+    runs = planned(notebooks, tmp_path / "out", attack=["badnets"], seed=[0, 1])
     assert carry_out(runs)[2] == [0]
 
 
@@ -111,8 +113,7 @@ def test_closing_the_iterator_stops_what_runs(notebooks, tmp_path, monkeypatch):
         return job.Outcome(True), "", False
 
     monkeypatch.setattr(job, "once", once)
-    axes = {"attack": ["badnets"], "seed": [0, 1]}
-    runs = grid.plan([notebooks / "02_awm.ipynb"], "quick", axes, {}, tmp_path / "out")
+    runs = planned(notebooks, tmp_path / "out", attack=["badnets"], seed=[0, 1])
     start = time.monotonic()
     with schedule.cluster(2, None) as client:
         options = {"threads": 1, "timeout": None, "on_start": print, "on_model": print, "tell": print}
