@@ -340,7 +340,7 @@ def write_results(whole: list[Run], out: Path) -> pd.DataFrame:
     if not rows.empty:
         results.save(rows, out / "results.csv")
         report.draw_batch(rows, out / "figures")
-    page.write(out, whole, known, rows)
+    page.write(out, whole, known, rows, set(runs.Listing(out).runs_with("executed.html")))
     return rows
 
 

@@ -1,6 +1,7 @@
 """The pages of a grid, which need no server: OUT/index.html with rows, figures and failures, and each executed notebook."""
 
 import platform
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -20,14 +21,14 @@ SHOWN = {
 WORDS = ("notebook", "data", "network", "attack", "defense", "variant", "device")  # the columns that are not numbers
 
 
-def write(out: Path, whole: list[Run], known: dict[Path, State], rows: pd.DataFrame) -> None:
-    """Write the page; known: the state of each run by its folder; rows: of the finished ones."""
+def write(out: Path, whole: list[Run], known: dict[Path, State], rows: pd.DataFrame, pages: Collection[str]) -> None:
+    """Write the page; known: the state of each run by its folder; rows: of the finished ones; pages: places of runs with a page."""
     from jinja2 import Environment, PackageLoader
 
     template = Environment(loader=PackageLoader("bdlib", "."), autoescape=True, trim_blocks=True).get_template(
         "page.html.j2"
     )
-    lines = [line(run, known[run.folder]) for run in whole]
+    lines = [line(run, known[run.folder]) | {"page": run.place in pages} for run in whole]
     heads = list(SHOWN.values())
     text = template.render(
         runs=lines,
@@ -43,21 +44,26 @@ def write(out: Path, whole: list[Run], known: dict[Path, State], rows: pd.DataFr
 
 
 def of_notebook(folder: Path) -> None:
-    """The executed notebook of this run's folder as a page beside it, executed.html, unless there is one, or papermill wrote none."""
+    """The executed notebook of this run's folder as a page beside it, executed.html, unless there is one, or no whole notebook."""
     # Here, not in the run's own process: nbconvert's import and first page take two seconds.
     import nbformat
     from nbconvert import HTMLExporter
 
     executed, page = folder / "executed.ipynb", folder / "executed.html"
-    if executed.exists() and not page.exists():
-        text, _ = HTMLExporter().from_notebook_node(nbformat.reads(executed.read_text(encoding="utf-8"), as_version=4))
-        write_atomic(page, lambda file: file.write(text.encode()))
+    if page.exists() or not executed.exists():
+        return
+    try:
+        notebook = nbformat.reads(executed.read_text(encoding="utf-8"), as_version=4)
+    except ValueError:  # a run that was killed while papermill wrote it
+        return
+    text, _ = HTMLExporter().from_notebook_node(notebook)
+    write_atomic(page, lambda file: file.write(text.encode()))
 
 
 def line(run: Run, state: State) -> dict[str, object]:
     """What the page says of a run."""
     shown = {"word": state.word, "seconds": state.seconds, "error": state.error, "traceback": state.traceback}
-    return {"name": run.name, "folder": run.place, "page": state.word in ("done", "failed"), **shown}
+    return {"name": run.name, "folder": run.place, "ended": state.word in ("done", "failed"), **shown}
 
 
 def made_of(rows: pd.DataFrame) -> str:

@@ -158,6 +158,9 @@ def test_a_notebook_becomes_a_page_once(notebooks, out):
     (run,) = planned(notebooks, out)
     page.of_notebook(run.folder)
     assert not (run.folder / "executed.html").exists(), "papermill wrote nothing"
+    put(run.folder / "executed.ipynb", run.notebook.read_text()[:-20])
+    page.of_notebook(run.folder)
+    assert not (run.folder / "executed.html").exists(), "half a notebook"
     put(run.folder / "executed.ipynb", run.notebook.read_text())
     page.of_notebook(run.folder)
     text = (run.folder / "executed.html").read_text()
@@ -174,9 +177,9 @@ def test_the_page_shows_rows_failures_and_figures_and_escapes_what_it_shows(note
     put(out / "figures" / "signs a.png", "a picture")
     whole = planned(notebooks, out, seed=[0, 1, 2])
     rows = runs.rows([done.folder])
-    page.write(out, whole, runs.states(whole, runs.Listing(out)), rows)
+    page.write(out, whole, runs.states(whole, runs.Listing(out)), rows, [done.place])
     text = (out / "index.html").read_text()
     assert "1 of 3 runs done" in text and "1 failed" in text and "ValueError: &lt;b&gt;no&lt;/b&gt;" in text
-    assert f"{done.folder.parent.name}/{done.folder.name}/executed.html" in text
+    assert re.findall(r'href="([^"]+)/executed.html"', text) == [done.place]
     assert "figures/signs%20a.png" in text and "torch 2" in text and "Python 3" in text
     assert text.count("<tr>") == 2 + len(rows) + len(whole) and "http" not in text.replace("<!doctype html>", "")
