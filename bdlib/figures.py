@@ -26,7 +26,9 @@ COLORS = {
     "FT-SAM": _PALETTE[3],
 }
 NORM_NAMES = {"l1": "$\\ell_1$", "l2": "$\\ell_2$", "linf": "$\\ell_\\infty$"}
-_NAMES = {"none": "no defense", "fine_tuning": "FT", "fine_pruning": "FP", "linf_pruning": "l-inf pruning"}
+_NAMES = {
+    "none": "no defense", "fine_tuning": "FT", "fine_pruning": "FP", "linf_pruning": "l-inf pruning", "second network": "2nd network",
+}  # fmt: skip
 _USUAL_VARIANT = {"awm": "soft", "linf_pruning": "linf"}  # of the papers' own notebooks
 METRICS = {"acc": "ACC (%)", "asr": "ASR (%)", "ra": "RA (%)"}
 

@@ -22,13 +22,15 @@ from tests import batch
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     options.add_argument("--workers", type=int, default=2)
-    workers = options.parse_args().workers
+    options.add_argument("--budgets", type=int, default=10, help="runs for each of the six models")
+    chosen = options.parse_args()
+    workers = chosen.workers
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         imports, work = batch.TRAIN.strip().split("\n", 1)
         batch.write_notebook(folder / "notebooks", "02_awm", imports, work)
         runall.NOTEBOOKS = folder / "notebooks"
-        budgets = [str(2 * count) for count in range(1, 11)]
+        budgets = [str(2 * count) for count in range(1, chosen.budgets + 1)]
         models = ["--attack", "badnets", "blended", "--seed", "0", "1", "2"]
         grid = ["--dataset", batch.write_images(folder / "images"), *models]
         os.environ["BDLIB_HOME"] = str(folder / "home")

@@ -318,6 +318,7 @@ def compared():
     [
         (("none", "default"), "no defense"),
         (("fine_pruning + ft_sam", "default"), "FP + FT-SAM"),
+        (("mcr + second network", "default"), "MCR + 2nd network"),
         (("i_bau", "default"), "I-BAU"),
         (("awm", "soft"), "AWM"),
         (("awm", "default"), "AWM"),

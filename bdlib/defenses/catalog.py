@@ -29,6 +29,8 @@ from bdlib.defenses import (
 )
 from bdlib.train import MakeModel, Watch
 
+TWO_NETWORKS = "clean images, two networks"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Held:
@@ -53,7 +55,7 @@ class Held:
 class Method:
     """A defense: what it needs, the settings for what is held, and the call with both; it returns a model in eval()."""
 
-    needs: str  # "clean images", "training set", "both", or "clean images, two networks"
+    needs: str  # "clean images", "training set", "both", or TWO_NETWORKS
     config: Callable[[Held], object]
     call: Callable[[Held, object, torch.Generator, Watch], nn.Module]
 
@@ -88,7 +90,7 @@ METHODS: dict[str, Method] = {
     "nc": on_clean(nc.nc, lambda held: nc.recipe(held.budget)),
     "mcr": on_clean(mcr.mcr, lambda held: mcr.recipe(held.budget)),
     "mcr + second network": Method(
-        "clean images, two networks",
+        TWO_NETWORKS,
         lambda held: mcr.recipe(held.budget),
         lambda held, config, generator, watch: mcr.mcr(
             held.model, held.clean, config, generator=generator, watch=watch, other=held.second_model()
