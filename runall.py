@@ -333,14 +333,15 @@ def write_results(whole: list[Run], out: Path) -> pd.DataFrame:
 
     there = runs.Listing(out)
     known = runs.states(whole, there)
-    for run in whole:  # those that ended when nobody was there to make their page
-        if known[run.folder].word in ("done", "failed") and f"{run.place}/executed.html" not in there.paths:
-            page.of_notebook(run.folder)
+    pages = set(there.runs_with("executed.html"))
+    ended = [run for run in whole if known[run.folder].word in ("done", "failed")]
+    # Some may have ended when nobody was there to make their page.
+    pages |= {run.place for run in ended if run.place not in pages and page.of_notebook(run.folder)}
     rows = runs.rows(run.folder for run in whole if known[run.folder].word == "done")
     if not rows.empty:
         results.save(rows, out / "results.csv")
         report.draw_batch(rows, out / "figures")
-    page.write(out, whole, known, rows, set(runs.Listing(out).runs_with("executed.html")))
+    page.write(out, whole, known, rows, pages)
     return rows
 
 

@@ -14,7 +14,7 @@ from contextlib import suppress
 from bdlib import grid
 from bdlib.files import write_json
 from bdlib.grid import Run
-from bdlib.places import data_root, home, project_root
+from bdlib.places import data_root, home, python_path
 
 
 def complaints(runs: list[Run]) -> list[str]:
@@ -72,10 +72,9 @@ def _misfits(settings: list[dict]) -> list[str | None]:
     with suppress(OSError):
         if note.exists():
             return [None] * len(settings)
-    path = os.pathsep.join(filter(None, [str(project_root()), os.environ.get("PYTHONPATH")]))
     asked = subprocess.run(
         [sys.executable, "-m", "bdlib.fits"], check=False, input=json.dumps(settings), stdout=subprocess.PIPE, text=True,
-        env=os.environ | {"PYTHONPATH": path},
+        env=os.environ | {"PYTHONPATH": python_path()},
     )  # fmt: skip
     if asked.returncode:
         raise ValueError(f"the values could not be checked: python -m bdlib.fits ended with {asked.returncode}")

@@ -1,6 +1,7 @@
 """All methods under one protocol: the same network, clean images and seed for each; rows are read where they are stored."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -27,7 +28,8 @@ KEY = [
 def held(lab: Lab) -> catalog.Held:
     """What a defender may hold of the lab."""
     return catalog.Held(
-        model=lab.model, second_model=lab.second_model, clean=lab.clean, train_set=lab.poisoned.train, make_model=lab.fresh_model
+        model=lab.model, second_model=functools.cache(lab.second_model), clean=lab.clean,
+        train_set=lab.poisoned.train, make_model=lab.fresh_model,
     )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from bdlib import child, grid
 from bdlib.files import on_disk, place, write_atomic, write_json
-from bdlib.places import project_root
+from bdlib.places import python_path
 
 Tell = Callable[[dict], None]  # is told which cell of how many a run is at
 DRIVERS = ("nvidiactl", "dxg", "nvmap", "kfd")  # in /dev: NVIDIA's, that of WSL, of Jetson, AMD's
@@ -167,13 +167,12 @@ def end(process: subprocess.Popen) -> None:
 
 def environment(job: Job, work: Path) -> dict[str, str]:
     """Ours, with this very bdlib first on the path, the worker's share of cores and GPUs, and the process's own folders."""
-    path = os.pathsep.join(filter(None, [str(project_root()), os.environ.get("PYTHONPATH")]))
     threads = str(job.threads or os.environ.get("BDLIB_THREADS") or cores())
     own = (
         told_places() | job.places | {"IPYTHONDIR": str(work / "ipython"), "JUPYTER_RUNTIME_DIR": str(work / "jupyter")}
     )
     counts = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), threads)
-    return os.environ | {"PYTHONPATH": path} | own | counts | gpu()
+    return os.environ | {"PYTHONPATH": python_path()} | own | counts | gpu()
 
 
 def cores() -> int:

@@ -43,21 +43,27 @@ def write(out: Path, whole: list[Run], known: dict[Path, State], rows: pd.DataFr
     write_atomic(out / "index.html", lambda file: file.write(text.encode()))
 
 
-def of_notebook(folder: Path) -> None:
-    """The executed notebook of this run's folder as a page beside it, executed.html, unless there is one, or no whole notebook."""
+def of_notebook(folder: Path) -> bool:
+    """Make the executed notebook of this run's folder a page beside it, executed.html; whether there is one now.
+
+    None is made where there is one already, or no whole notebook.
+    """
     # Here, not in the run's own process: nbconvert's import and first page take two seconds.
     import nbformat
     from nbconvert import HTMLExporter
 
     executed, page = folder / "executed.ipynb", folder / "executed.html"
-    if page.exists() or not executed.exists():
-        return
+    if page.exists():
+        return True
+    if not executed.exists():
+        return False
     try:
         notebook = nbformat.reads(executed.read_text(encoding="utf-8"), as_version=4)
     except ValueError:  # a run that was killed while papermill wrote it
-        return
+        return False
     text, _ = HTMLExporter().from_notebook_node(notebook)
     write_atomic(page, lambda file: file.write(text.encode()))
+    return True
 
 
 def line(run: Run, state: State) -> dict[str, object]:

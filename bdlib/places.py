@@ -12,6 +12,11 @@ def project_root() -> Path:
     return root if (root / "runall.py").exists() else Path.cwd()
 
 
+def python_path() -> str:
+    """PYTHONPATH for a process of ours: this very bdlib before any other."""
+    return os.pathsep.join(filter(None, [str(project_root()), os.environ.get("PYTHONPATH")]))
+
+
 def home() -> Path:
     """Where models and runs are kept: $BDLIB_HOME, a folder or a URL such as s3://bucket/folder, or `runs/` of the project."""
     return files.place(os.environ.get("BDLIB_HOME") or project_root() / "runs")
