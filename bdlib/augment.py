@@ -1,4 +1,4 @@
-"""Random augmentation of a whole batch at once, drawn from a generator on the CPU."""
+"""Random augmentation of a whole batch at once, drawn from a generator, on its device, and moved to that of the images."""
 
 import math
 
@@ -21,14 +21,14 @@ def crop_flip(
     count, device = len(picks), padded.device
     height, width = (side - 2 * padding for side in padded.shape[2:])
     if padding:
-        dy, dx = torch.randint(2 * padding + 1, (2, count), generator=generator).to(device)
+        dy, dx = torch.randint(2 * padding + 1, (2, count), generator=generator, device=generator.device).to(device)
         # Every possible crop as a view, so that one indexing copies just the pixels wanted.
         crops = padded.unfold(2, height, 1).unfold(3, width, 1)
         batch = crops[picks, :, dy, dx]
     else:
         batch = padded[picks]
     if flip:
-        mirrored = torch.rand(count, generator=generator).to(device) < 0.5
+        mirrored = torch.rand(count, generator=generator, device=generator.device).to(device) < 0.5
         batch = torch.where(mirrored[:, None, None, None], batch.flip(3), batch)
     return batch
 
@@ -56,9 +56,9 @@ def random_resized_crop(
 
 def cutout(images: torch.Tensor, size: int, *, generator: torch.Generator) -> torch.Tensor:
     """Copies of the images (B, C, H, W) with a black square of `size` pixels, cut at the edges, at a random center each."""
-    count, (height, width) = len(images), images.shape[2:]
-    top = torch.randint(height, (count, 1), generator=generator).to(images.device) - size // 2
-    left = torch.randint(width, (count, 1), generator=generator).to(images.device) - size // 2
+    count, (height, width), source = len(images), images.shape[2:], generator.device
+    top = torch.randint(height, (count, 1), generator=generator, device=source).to(images.device) - size // 2
+    left = torch.randint(width, (count, 1), generator=generator, device=source).to(images.device) - size // 2
     rows, columns = torch.arange(height, device=images.device), torch.arange(width, device=images.device)
     hole = ((rows >= top) & (rows < top + size))[:, :, None] & ((columns >= left) & (columns < left + size))[:, None, :]
     return images.masked_fill(hole[:, None], 0.0)

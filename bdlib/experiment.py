@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import bdlib
-from bdlib import data, metrics, models, poison, profiles, results, store, train
+from bdlib import data, gpu, metrics, models, poison, profiles, results, store, train
 from bdlib.attacks import catalog
 from bdlib.attacks.attacker import Attacker, Stamps
 from bdlib.data import Dataset
@@ -249,7 +249,10 @@ def trained_model(setting: Setting, split: Dataset, attack: str, device: torch.d
         what = f"{setting.arch} on {setting.dataset} with {attack}, seed {setting.seed}"
         print(f"training {what}: once, then kept in the store")
         model = fresh_model(setting, split, device, setting.generator("init"))
-        return train.fit(model, split.to(device), config, generator=setting.generator("order"), watch=progress)
+        with stopwatch() as seconds:
+            train.fit(model, split.to(device), config, generator=setting.generator("order"), watch=progress)
+        print(f"trained {what}: {seconds[0]:.0f} s")
+        return model
 
     artifact = store.fetch(home() / "store", fields, make)
     model = fresh_model(setting, split, device, setting.generator("init"))
@@ -289,7 +292,7 @@ def _made_from(setting: Setting, split: Dataset, device: torch.device) -> dict[s
     config = profiles.training(setting.profile, setting.dataset.partition(":")[0])
     return {
         "split": split.sha256(), "crop_padding": split.crop_padding, "flip": split.flip, "arch": setting.arch, "seed": setting.seed,
-        "training": dataclasses.asdict(config), "version": train.VERSION, "dataset": setting.dataset, "device": device.type,
+        "training": dataclasses.asdict(config), "version": train.VERSION, "dataset": setting.dataset, "device": gpu.arithmetic(device),
     }  # fmt: skip
 
 

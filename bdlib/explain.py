@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bdlib import gpu
 from bdlib.data import Dataset
 from bdlib.masks import norms
 from bdlib.train import Watch, evaluating, require_finite
@@ -254,17 +255,22 @@ def synthesize_trigger(
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     images = clean.floats().to(next(frozen.parameters()).device)
     mask_logit, pattern_logit = starting_logits(images, generator=generator)
-    optimizer = torch.optim.Adam([mask_logit, pattern_logit], lr=config.lr)
-    picks = torch.randint(len(images), (config.steps, min(config.batch_size, len(images))), generator=generator)
-    total = torch.zeros((), device=images.device)
-    for batch in watch(picks.to(images.device)):
+    optimizer = gpu.adam([mask_logit, pattern_logit], images.device, lr=config.lr)
+
+    def descend(batch: torch.Tensor) -> torch.Tensor:
         trigger = SyntheticTrigger(mask_logit.sigmoid(), pattern_logit.sigmoid())
         labels = torch.full((len(batch),), target_label, device=images.device)
-        loss = F.cross_entropy(frozen(trigger(images[batch])), labels) + config.weight * trigger.mask.sum()
+        loss = F.cross_entropy(frozen(trigger(batch)), labels) + config.weight * trigger.mask.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total += loss.detach()
+        return loss.detach()
+
+    step = gpu.replayed(descend, images.device)
+    picks = torch.randint(len(images), (config.steps, min(config.batch_size, len(images))), generator=generator)
+    total = torch.zeros((), device=images.device)
+    for batch in watch(picks.to(images.device)):
+        total += step(images[batch])
     require_finite(total, "the synthesis of a trigger")
     return SyntheticTrigger(mask_logit.sigmoid().detach(), pattern_logit.sigmoid().detach())
 

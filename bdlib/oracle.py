@@ -70,6 +70,18 @@ def rows(
     return compare.kept((row for row in found if row is not None), measured)
 
 
+def each_threshold(lab: Lab, name: str, *, watch: Watch = experiment.progress) -> Iterator[dict[str, object]]:
+    """A row for each threshold of the method, variant "threshold T": what the papers' logs print.  None if it gives up."""
+    source = compare.held(lab)
+    config = catalog.METHODS[name].config(source)
+    try:
+        for threshold, model in SWEEPS[name](source, config, lab.setting.generator(name), watch):
+            variant = f"threshold {threshold:g}"
+            yield lab.row(name, variant, model, budget=source.budget, seconds=0.0, config=config)
+    except NoResult as error:
+        print(f"{name}: {error}")
+
+
 def oracle_row(lab: Lab, name: str, stored: pd.DataFrame, watch: Watch) -> dict[str, object] | None:
     """The row of the threshold with the highest DER on the test images, the milder of two that are equal."""
     source = compare.held(lab)

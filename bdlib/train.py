@@ -10,13 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bdlib import gpu
 from bdlib.augment import crop_flip, pad_for_crops
 from bdlib.data import Dataset, to_float
 from bdlib.randomness import seeded
 
 VERSION = 2  # part of every stored model's key: raise it when a change here or in models.py alters trained weights
 SCHEDULES = ("cosine", "one_cycle", "constant")
-_BATCH = 500  # images of a prediction
 Watch = Callable[[Iterable], Iterable]  # wraps the epochs, e.g. with a progress bar
 # What an attacker who controls training does to a batch: images (B, C, H, W) and labels (B,) in, the same out.
 Change = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -56,7 +56,8 @@ class TrainConfig:
 class Batches:
     """Shuffled batches of a split on a device, with the crops and flips that the dataset allows; to iterate once is one epoch.
 
-    A batch is (images float32 (B, C, H, W) in [0, 1], labels (B,), positions in the split (B,)).
+    A batch is (images float32 (B, C, H, W) in [0, 1], labels (B,), positions in the split (B,)).  On a GPU `generator` only starts
+    another one there, which everything random is drawn from.
     Raises ValueError for an empty split.
     """
 
@@ -73,7 +74,7 @@ class Batches:
             raise ValueError("training needs at least one image, got an empty split")
         self.padding, self.flip = dataset.crop_padding, dataset.flip
         self.padded = pad_for_crops(dataset.images.to(device), dataset.crop_padding)
-        self.labels, self.generator = dataset.labels.to(device), generator
+        self.labels, self.generator = dataset.labels.to(device), gpu.generator_on(device, generator)
         self.batch_size = min(batch_size, len(dataset))
         self.steps = (math.floor if drop_last else math.ceil)(len(dataset) / self.batch_size)
 
@@ -81,17 +82,27 @@ class Batches:
         return self.steps
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-        order = torch.randperm(len(self.labels), generator=self.generator).to(self.labels.device)
-        for picks in order[: self.steps * self.batch_size].split(self.batch_size):
-            yield self.view(picks), self.labels[picks], picks
+        source = self.generator
+        order = torch.randperm(len(self.labels), generator=source, device=source.device).to(self.labels.device)
+        order = order[: self.steps * self.batch_size]
+        # On a GPU one launch cuts the crops of a whole epoch.
+        at_once = len(order) if order.device.type == "cuda" else self.batch_size
+        for part in order.split(at_once):
+            crops = self.crops(part)
+            for picks, images in zip(part.split(self.batch_size), crops.split(self.batch_size), strict=True):
+                yield to_float(images), self.labels[picks], picks
 
     def forever(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """One epoch after the other, without end."""
         return chain.from_iterable(repeat(self))
 
+    def crops(self, picks: torch.Tensor) -> torch.Tensor:
+        """The images at these positions (B,), newly cropped and flipped, uint8 (B, C, H, W)."""
+        return crop_flip(self.padded, picks, self.padding, self.flip, generator=self.generator)
+
     def view(self, picks: torch.Tensor) -> torch.Tensor:
-        """The images at these positions (B,), newly cropped and flipped, float32 (B, C, H, W) in [0, 1]."""
-        return to_float(crop_flip(self.padded, picks, self.padding, self.flip, generator=self.generator))
+        """The same as float32 in [0, 1]."""
+        return to_float(self.crops(picks))
 
 
 def fit(
@@ -111,22 +122,28 @@ def fit(
     """
     device = next(model.parameters()).device
     batches = Batches(dataset, config.batch_size, device, generator=generator, drop_last=config.drop_last)
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    optimizer = gpu.sgd(
+        model.parameters(), device, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(config.schedule, config.epochs * len(batches)))
+
+    def descend(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        with gpu.half(device):
+            loss = objective(model, images, labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
+
+    step = gpu.replayed(descend, device)
     with seeded(generator, device):
         for epoch in watch(range(config.epochs)):
             model.train()
             total = torch.zeros((), device=device)
             for images, labels, _ in batches:
                 seen, wanted = change(images, labels) if change else (images, labels)
-                loss = objective(model, seen, wanted)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+                total += step(seen, wanted)
                 scheduler.step()
-                total += loss.detach()
             require_finite(total, f"epoch {epoch + 1} of {config.epochs} at lr {config.lr}")
     return model.eval()
 
@@ -145,7 +162,7 @@ def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
     """Classes (N,) that the model, in eval(), calls these uint8 images (N, C, H, W), on the images' device."""
     device = next(model.parameters()).device
     with evaluating(model):
-        called = torch.cat([model(to_float(batch.to(device))).argmax(1) for batch in images.split(_BATCH)])
+        called = torch.cat([model(to_float(batch.to(device))).argmax(1) for batch in images.split(_at_once(device))])
     return called.to(images.device)
 
 
@@ -158,13 +175,18 @@ def accuracy(model: nn.Module, dataset: Dataset) -> float:
 def sample_losses(model: nn.Module, dataset: Dataset) -> torch.Tensor:
     """Cross-entropy (N,) of the model, in eval(), on each image, on the images' device."""
     device = next(model.parameters()).device
-    parts = zip(dataset.images.split(_BATCH), dataset.labels.split(_BATCH), strict=True)
+    parts = zip(dataset.images.split(_at_once(device)), dataset.labels.split(_at_once(device)), strict=True)
     with evaluating(model):
         losses = [
             F.cross_entropy(model(to_float(images.to(device))), labels.to(device), reduction="none")
             for images, labels in parts
         ]
     return torch.cat(losses).to(dataset.labels.device)
+
+
+def _at_once(device: torch.device) -> int:
+    """Images of one step of a prediction."""
+    return 2500 if device.type == "cuda" else 500
 
 
 @contextmanager

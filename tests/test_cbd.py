@@ -13,6 +13,7 @@ from bdlib.defenses.cbd import CbdConfig
 from bdlib.randomness import seeded
 from tests.conftest import same, state
 
+CPU = torch.device("cpu")
 QUICK = CbdConfig(batch_size=12, biased_epochs=2, epochs=3)
 # Every image in one batch, as it is: then a step can be worked out by hand.
 BY_HAND = CbdConfig(
@@ -90,11 +91,11 @@ class StandIn(nn.Module):
 
     made = None
 
-    def __init__(self, width, config):
+    def __init__(self, width, config, device):
         super().__init__()
         StandIn.made, self.width, self.fits = self, width, 0
 
-    def fit(self, biased, model, batches, generator):
+    def fit(self, step, batches):
         self.fits += 1
         return torch.tensor(float(self.fits))
 
@@ -200,7 +201,7 @@ def test_no_weight_no_critic(tiny, generator, monkeypatch):
 
 
 def hand_made_critic(**settings):
-    critic = cbd.Critic(2, CbdConfig(critic_dropout=0.0, **settings))
+    critic = cbd.Critic(2, CbdConfig(critic_dropout=0.0, **settings), CPU)
     critic.first.weight.data = torch.tensor([[1.0, 2.0, -1.0, 0.5], [0.0, -1.0, 3.0, -2.0]])
     critic.first.bias.data = torch.tensor([0.5, -1.0])
     critic.second.weight.data, critic.second.bias.data = torch.tensor([[2.0, -3.0]]), torch.tensor([0.25])
@@ -257,6 +258,13 @@ def test_step_3_divides_by_the_largest_singular_value_or_its_root(kind, first, f
     assert torch.allclose(critic.second.bias, torch.tensor(second_bias))
 
 
+@pytest.mark.parametrize("shape", [(64, 128), (1, 64), (64, 1), (5, 3)])
+def test_step_3_the_largest_singular_value_by_powers_as_a_gpu_finds_it(generator, shape):
+    matrix = torch.randn(shape, generator=generator)
+    assert cbd.norm_by_powers(matrix).item() == pytest.approx(torch.linalg.svdvals(matrix)[0].item(), rel=1e-5)
+    assert 1 - 1e-6 <= cbd.norm_by_powers(torch.eye(64)).item() <= 1.001  # the worst case: all are equal
+
+
 def test_step_3_a_layer_of_zeros_stays_one():
     critic = hand_made_critic()
     critic.first.bias.data.zero_()
@@ -278,6 +286,10 @@ def batch_of(images):
     return images[:, None, None, :], None, None
 
 
+def fit(critic, networks, batches):
+    return critic.fit(lambda images: critic.step(*networks, images), batches)
+
+
 def test_step_3_the_critic_climbs_and_reports_its_mean(embedders, generator, monkeypatch):
     monkeypatch.setattr(cbd.Critic, "smooth", lambda self: None)
     critic = hand_made_critic(cutout=0, critic_lr=0.01)
@@ -286,7 +298,7 @@ def test_step_3_the_critic_climbs_and_reports_its_mean(embedders, generator, mon
     estimate = start.estimate(images, images.flip(1))
     slopes = torch.autograd.grad(estimate, list(start.parameters()), allow_unused=True)
     critic.first.bias.grad = torch.full((2,), 100.0)  # what f_C's steps left behind does not count
-    reported = critic.fit(*embedders, [batch_of(images)], generator)
+    reported = fit(critic, embedders, [batch_of(images)])
     assert reported.item() == pytest.approx(estimate.item(), rel=1e-5) and not reported.requires_grad
     # Adam's first step is the rate in the direction of the slope
     for after, before, slope in zip(critic.parameters(), start.parameters(), slopes, strict=True):
@@ -300,7 +312,7 @@ def test_step_3_the_mean_is_over_the_batches(embedders, generator, monkeypatch):
     critic = hand_made_critic(cutout=0, critic_lr=1e-9)
     batches = [PAIRS[0], PAIRS[1], PAIRS[0] * 2]
     expected = sum(critic.estimate(images, images.flip(1)).item() for images in batches) / 3
-    reported = critic.fit(*embedders, [batch_of(images) for images in batches], generator)
+    reported = fit(critic, embedders, [batch_of(images) for images in batches])
     assert reported.item() == pytest.approx(expected, rel=1e-4)
 
 
@@ -310,7 +322,7 @@ def test_step_3_the_critic_is_made_smooth_after_each_of_its_steps(embedders, gen
     smooth = cbd.Critic.smooth
     monkeypatch.setattr(cbd.Critic, "smooth", lambda self: (before_smoothing.append(state(self)), smooth(self))[1])
     critic = hand_made_critic(cutout=0, lipschitz=kind)
-    critic.fit(*embedders, [batch_of(PAIRS[0])] * 4, generator)
+    fit(critic, embedders, [batch_of(PAIRS[0])] * 4)
     assert len(before_smoothing) == 4
     largest = torch.linalg.svdvals(before_smoothing[-1]["first.weight"])[0].item()
     divisor = math.sqrt(largest) if kind == "root" else largest
@@ -319,13 +331,13 @@ def test_step_3_the_critic_is_made_smooth_after_each_of_its_steps(embedders, gen
 
 def test_step_3_fits_the_critic_and_no_network(generator, tiny):
     with seeded(generator):
-        critic = cbd.Critic(4, CbdConfig())
+        critic = cbd.Critic(4, CbdConfig(), CPU)
     biased, model = (make_model(generator).train() for _ in range(2))
     biased.eval().requires_grad_(False)
     weights = [weight.detach().clone() for weight in model.parameters()]
     before, mean = [weight.detach().clone() for weight in critic.parameters()], model[1].running_mean.clone()
     with seeded(generator):
-        critic.fit(biased, model, [(tiny.floats(), None, None)], generator)
+        fit(critic, (biased, model), [(tiny.floats(), None, None)])
     assert critic.first.weight.shape == (4, 8) and critic.second.weight.shape == (1, 4)
     assert all(torch.equal(a, b) for a, b in zip(weights, model.parameters(), strict=True))
     assert all(weight.grad is None for weight in model.parameters())
@@ -339,7 +351,7 @@ def test_the_critics_rate_falls_every_fifth_of_the_epochs(embedders, generator, 
     assert isinstance(critic.optimizer, torch.optim.Adam)
     rates = []
     for _ in expected:
-        critic.fit(*embedders, [batch_of(PAIRS[0])], generator)
+        fit(critic, embedders, [batch_of(PAIRS[0])])
         rates.append(critic.optimizer.param_groups[0]["lr"])
     assert rates == pytest.approx(expected)
 

@@ -106,7 +106,7 @@ def test_random_sources_are_separate_and_repeatable():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"profile": "fast"}, "profile must be one of quick, paper, got 'fast'"),
+        ({"profile": "fast"}, "profile must be one of quick, paper, paper_fast, got 'fast'"),
         ({"arch": "vgg"}, "arch must be one of preact_resnet18"),
         ({"attack": "bad"}, "attack must be one of badnets"),
         ({"poison_rate": 0}, r"poison_rate must be in \(0, 1\], got 0"),

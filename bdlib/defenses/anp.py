@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from bdlib import gpu
 from bdlib.data import Dataset, hold_out
 from bdlib.defenses.fine_pruning import tune
 from bdlib.defenses.ft_sam import FtSamConfig
@@ -133,15 +134,20 @@ def learn_masks(
     batches = Batches(clean, config.batch_size, device, generator=generator)
     parts = scales(frozen) if config.level == "neuron" else convolutions(frozen)
     masks = {name: torch.ones_like(part).requires_grad_(True) for name, part in parts.items()}
-    optimizer = torch.optim.SGD(masks.values(), lr=config.mask_lr, momentum=config.momentum)
+    optimizer = gpu.sgd(masks.values(), device, lr=config.mask_lr, momentum=config.momentum)
+
+    def game(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        noise = worst_noise(frozen, masks, (images, labels), config, generator=batches.generator)
+        loss = mask_loss(frozen, masks, noise, (images, labels), config)
+        mask_step(masks, optimizer, loss)
+        return loss.detach()
+
+    step = gpu.replayed(game, device, [batches.generator])
     frozen.train()  # batch statistics, as in the code; the copy's running ones move, and are thrown away with it
     total = torch.zeros((), device=device)
     with seeded(generator, device):
         for _, (images, labels, _) in zip(watch(range(config.steps)), batches.forever(), strict=False):
-            noise = worst_noise(frozen, masks, (images, labels), config, generator=generator)
-            loss = mask_loss(frozen, masks, noise, (images, labels), config)
-            mask_step(masks, optimizer, loss)
-            total += loss.detach()
+            total += step(images, labels)
     require_finite(total, "ANP")
     return {name: mask.detach() for name, mask in masks.items()}
 
@@ -200,4 +206,4 @@ def noisy_parts(model: nn.Module, level: str) -> Masks:
 
 def drawn(like: torch.Tensor, epsilon: float, generator: torch.Generator) -> torch.Tensor:
     """Values drawn evenly from [-epsilon, epsilon], of this shape and on its device."""
-    return (torch.rand(like.shape, generator=generator) * 2 * epsilon - epsilon).to(like)
+    return (torch.rand(like.shape, generator=generator, device=generator.device) * 2 * epsilon - epsilon).to(like)

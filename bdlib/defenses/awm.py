@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from bdlib import gpu
 from bdlib.augment import random_resized_crop
 from bdlib.data import Dataset
 from bdlib.masks import Masks, mask_step, masked
@@ -104,17 +105,25 @@ def run(
     masks = initial_masks(frozen)
     optimizer = mask_optimizer(masks, config)
     scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, config.lr_decay)
+
+    def uphill(perturbation: torch.Tensor, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return perturbation_step(frozen, masks, perturbation, (images, labels), config)
+
+    def downhill(perturbation: torch.Tensor, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss = mask_loss(frozen, masks, perturbation, (images, labels), config)
+        mask_step(masks, optimizer, loss)
+        return loss.detach()
+
+    uphill, downhill = (gpu.replayed(step, images.device) for step in (uphill, downhill))
     for epoch in watch(range(config.outer_epochs)):
         batches = torch.randint(len(labels), (2, steps, batch_size), generator=generator).to(images.device)
         perturbation = torch.zeros_like(images[:1])
         for picks in batches[0]:
-            perturbation = perturbation_step(frozen, masks, perturbation, (images[picks], labels[picks]), config)
+            perturbation = uphill(perturbation, images[picks], labels[picks])
         perturbation = project_l1(perturbation, config.tau)
         total = torch.zeros((), device=images.device)
         for picks in batches[1]:
-            loss = mask_loss(frozen, masks, perturbation, (images[picks], labels[picks]), config)
-            mask_step(masks, optimizer, loss)
-            total += loss.detach()
+            total += downhill(perturbation, images[picks], labels[picks])
         scheduler.step()
         require_finite(total, f"outer epoch {epoch + 1} of AWM")
     masks = {name: mask.detach() for name, mask in masks.items()}
@@ -193,9 +202,10 @@ def initial_masks(model: nn.Module) -> Masks:
 
 def mask_optimizer(masks: Masks, config: AwmConfig) -> torch.optim.Optimizer:
     """One optimizer for the whole run: its moments outlast the outer epochs, as in the official code."""
+    device = next(iter(masks.values())).device
     if config.mask_optimizer == "adam":
-        return torch.optim.Adam(masks.values(), lr=config.mask_lr, eps=config.adam_epsilon)
-    return torch.optim.SGD(masks.values(), lr=config.mask_lr)
+        return gpu.adam(masks.values(), device, lr=config.mask_lr, eps=config.adam_epsilon)
+    return gpu.sgd(masks.values(), device, lr=config.mask_lr)
 
 
 def masked_weights(model: nn.Module, masks: Masks) -> Masks:

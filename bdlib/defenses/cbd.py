@@ -12,12 +12,14 @@ The defaults are the official code's (zaixizhang/CBD, 8a7bd37), but for step 3 a
 ships with them off (`released_variant`).  The paper's information bottleneck on f_C's embedding is not in the code, nor here.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bdlib import gpu
 from bdlib.augment import cutout
 from bdlib.data import Dataset
 from bdlib.explain import last_linear, with_embedding
@@ -145,16 +147,22 @@ def train_biased(
     factor = lr_factor(config.biased_schedule, config.biased_epochs * len(batches))
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
     losses = torch.zeros(config.biased_epochs, len(train_set), device=device)
+
+    def descend(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        images = augmented(images, config, batches.generator)
+        each = F.cross_entropy(model(images), labels, reduction="none")
+        optimizer.zero_grad()
+        each.mean().backward()
+        optimizer.step()
+        return each.detach()
+
+    step = gpu.replayed(descend, device, [batches.generator])
     with seeded(generator, device):
         for epoch in watch(range(config.biased_epochs)):
             model.train()
             for images, labels, picks in batches:
-                each = F.cross_entropy(model(augmented(images, config, generator)), labels, reduction="none")
-                optimizer.zero_grad()
-                each.mean().backward()
-                optimizer.step()
+                losses[epoch, picks] = step(images, labels)
                 scheduler.step()
-                losses[epoch, picks] = each.detach()
             require_finite(losses[epoch].sum(), f"epoch {epoch + 1} of CBD's f_B")
     # The last step may have gone wrong after its loss was seen.
     require_finite(sum(weight.detach().sum() for weight in model.parameters()), "the last step of CBD's f_B")
@@ -184,30 +192,38 @@ def train_clean(
     weights = torch.zeros(config.epochs, len(train_set), device=device)
     estimates = torch.zeros(config.epochs, device=device)
     with seeded(generator, device):
-        critic = Critic(last_linear(model).in_features, config).to(device)
+        critic = Critic(last_linear(model).in_features, config, device)
+
+        def descend(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            images = augmented(images, config, batches.generator)
+            with torch.no_grad():
+                biased_logits, biased_embedding = with_embedding(biased, images)
+            logits, embedding = with_embedding(model, images)
+            each = F.cross_entropy(logits, labels, reduction="none")
+            weight = torch.ones_like(each)
+            if config.reweight:
+                weight = sample_weights(F.cross_entropy(biased_logits, labels, reduction="none"), each.detach())
+            loss = (weight * each).mean()
+            if config.mi_weight:
+                loss = loss + config.mi_weight * critic.estimate(biased_embedding, embedding)
+            optimizer.zero_grad()
+            loss.backward(inputs=list(model.parameters()))  # the critic has steps of its own
+            optimizer.step()
+            return loss.detach(), weight
+
+        def climb(images: torch.Tensor) -> torch.Tensor:
+            return critic.step(biased, model, augmented(images, config, batches.generator))
+
+        descend, climb = (gpu.replayed(step, device, [batches.generator]) for step in (descend, climb))
         for epoch in watch(range(config.epochs)):
             model.train()
             if config.mi_weight:
-                estimates[epoch] = critic.fit(biased, model, batches, generator)
+                estimates[epoch] = critic.fit(climb, batches)
             total = torch.zeros((), device=device)
-            for plain, labels, picks in batches:
-                images = augmented(plain, config, generator)
-                with torch.no_grad():
-                    biased_logits, biased_embedding = with_embedding(biased, images)
-                logits, embedding = with_embedding(model, images)
-                each = F.cross_entropy(logits, labels, reduction="none")
-                weight = torch.ones_like(each)
-                if config.reweight:
-                    weight = sample_weights(F.cross_entropy(biased_logits, labels, reduction="none"), each.detach())
-                loss = (weight * each).mean()
-                if config.mi_weight:
-                    loss = loss + config.mi_weight * critic.estimate(biased_embedding, embedding)
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
+            for images, labels, picks in batches:
+                loss, weights[epoch, picks] = descend(images, labels)
                 scheduler.step()
-                weights[epoch, picks] = weight
-                total += loss.detach()
+                total += loss
             require_finite(total, f"epoch {epoch + 1} of CBD's f_C")
     return model.eval(), weights.cpu(), estimates.cpu()
 
@@ -222,12 +238,13 @@ def sample_weights(biased_losses: torch.Tensor, losses: torch.Tensor) -> torch.T
 class Critic(nn.Module):
     """A small network on pairs of embeddings: high for two embeddings of one image, low for those of two (step 3)."""
 
-    def __init__(self, width: int, config: CbdConfig):
+    def __init__(self, width: int, config: CbdConfig, device: torch.device):
         super().__init__()
         # Dropout before each layer, always on [c]
         self.first, self.second = nn.Linear(2 * width, width), nn.Linear(width, 1)
         self.config = config
-        self.optimizer = torch.optim.Adam(self.parameters(), lr=config.critic_lr)
+        self.to(device)
+        self.optimizer = gpu.adam(self.parameters(), device, lr=config.critic_lr)
         self.scheduler = torch.optim.lr_scheduler.StepLR(self.optimizer, max(1, config.epochs // 5), gamma=0.1)
 
     def forward(self, biased: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
@@ -239,31 +256,53 @@ class Critic(nn.Module):
         """E critic(r_i, z_i) - E critic(r_i, z_(i-1)): how much the pairing tells, a scalar."""
         return self(biased, clean).mean() - self(biased, clean.roll(1, 0)).mean()
 
-    def fit(self, biased: nn.Module, model: nn.Module, batches: Batches, generator: torch.Generator) -> torch.Tensor:
-        """Raise the estimate over one epoch, the critic kept smooth after each step; the mean estimate, detached."""
+    def fit(self, step: Callable[[torch.Tensor], torch.Tensor], batches: Batches) -> torch.Tensor:
+        """Raise the estimate over one epoch by `step` on the images of each batch; the mean estimate, detached."""
         total = torch.zeros((), device=self.second.weight.device)
-        for plain, _, _ in batches:
-            images = augmented(plain, self.config, generator)
-            with torch.no_grad():
-                # f_C in train(): its batch-norm statistics move in this pass too, as in the code.
-                pair = with_embedding(biased, images)[1], with_embedding(model, images)[1]
-            estimate = self.estimate(*pair)
-            self.optimizer.zero_grad()
-            (-self.config.mi_weight * estimate).backward()
-            self.optimizer.step()
-            self.smooth()
-            total += estimate.detach()
+        for images, _, _ in batches:
+            total += step(images)
         self.scheduler.step()
         return total / len(batches)
+
+    def step(self, biased: nn.Module, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+        """Raise the estimate on a batch, the critic kept smooth; the estimate before it, detached."""
+        with torch.no_grad():
+            # f_C in train(): its batch-norm statistics move in this pass too, as in the code.
+            pair = with_embedding(biased, images)[1], with_embedding(model, images)[1]
+        estimate = self.estimate(*pair)
+        self.optimizer.zero_grad()
+        (-self.config.mi_weight * estimate).backward()
+        self.optimizer.step()
+        self.smooth()
+        return estimate.detach()
 
     @torch.no_grad()
     def smooth(self) -> None:
         """Divide every parameter by its largest singular value, or its root, in place."""
         for layer in (self.first, self.second):
             for parameter in (layer.weight, layer.bias):
-                largest = torch.linalg.matrix_norm(parameter.view(len(parameter), -1), 2)
+                largest = largest_singular_value(parameter.view(len(parameter), -1))
                 divisor = largest.sqrt() if self.config.lipschitz == "root" else largest
                 parameter.div_(divisor.clamp(min=1e-12))
+
+
+def largest_singular_value(matrix: torch.Tensor) -> torch.Tensor:
+    """Of a matrix (M, N), a scalar.  On a GPU, whose SVD is slow and waits for the CPU, by powers: at most .1% too high."""
+    if matrix.device.type != "cuda":
+        return torch.linalg.matrix_norm(matrix, 2)
+    return matrix.norm() if min(matrix.shape) == 1 else norm_by_powers(matrix)
+
+
+def norm_by_powers(matrix: torch.Tensor, squarings: int = 11) -> torch.Tensor:
+    """|A^p|_F^(1 / 2p) for A = W W^T and p = 2^squarings: the largest singular value s of W, or up to min(M, N)^(1 / 4p) s."""
+    power = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
+    sizes = []
+    for _ in range(squarings + 1):
+        sizes.append(power.norm() + 1e-30)
+        power = power / sizes[-1]
+        power = power @ power
+    halvings = 2.0 ** -torch.arange(1, squarings + 2, device=matrix.device)
+    return (torch.stack(sizes).log() * halvings).sum().exp()
 
 
 def augmented(images: torch.Tensor, config: CbdConfig, generator: torch.Generator) -> torch.Tensor:
@@ -273,6 +312,7 @@ def augmented(images: torch.Tensor, config: CbdConfig, generator: torch.Generato
 
 def sgd(model: nn.Module, lr: float, config: CbdConfig) -> torch.optim.Optimizer:
     """The code's optimizer for both networks."""
-    return torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=config.momentum, nesterov=True, weight_decay=config.weight_decay
+    device = next(model.parameters()).device
+    return gpu.sgd(
+        model.parameters(), device, lr=lr, momentum=config.momentum, nesterov=True, weight_decay=config.weight_decay
     )

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
-from bdlib import train
+from bdlib import gpu, train
 from bdlib.data import Dataset
 from bdlib.randomness import seeded
 from bdlib.train import Batches, Watch, require_finite
@@ -72,25 +72,27 @@ def ft_sam(
     weights = dict(tuned.named_parameters())
     device = next(tuned.parameters()).device
     batches = Batches(clean, config.batch_size, device, generator=generator)
-    optimizer = torch.optim.SGD(
-        weights.values(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+    optimizer = gpu.sgd(
+        weights.values(), device, lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(config, config.epochs * len(batches)))
+
+    def descend(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss, gradients = loss_and_gradients(tuned, images, labels, config)
+        if config.rho:
+            gradients = gradients_nearby(tuned, perturbation(weights, gradients, config), images, labels, config)
+        gpu.set_gradients(weights, gradients)
+        optimizer.step()  # w <- w - lr g'
+        return loss
+
+    step = gpu.replayed(descend, device)
     with seeded(generator, device):
         for epoch in watch(range(config.epochs)):
             tuned.train()  # batch norm uses and collects the batch's statistics
             total = torch.zeros((), device=device)
             for images, labels, _ in batches:
-                loss, gradients = loss_and_gradients(tuned, images, labels, config)
-                if config.rho:
-                    gradients = gradients_nearby(
-                        tuned, perturbation(weights, gradients, config), images, labels, config
-                    )
-                for name, weight in weights.items():
-                    weight.grad = gradients[name]
-                optimizer.step()  # w <- w - lr g'
+                total += step(images, labels)
                 scheduler.step()
-                total += loss
             require_finite(total, f"epoch {epoch + 1} of FT-SAM")
     return tuned.eval()
 

@@ -1,0 +1,108 @@
+"""What keeps a GPU busy: a step of a loop replayed in one launch, optimizers and random draws that stay on it, bfloat16.
+
+A network for 32 x 32 pixels has a thousand small kernels a step, and a GPU runs them faster than Python can ask for them.
+On a CPU everything here is plain PyTorch, to the bit.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+Step = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+_BEFORE = 3  # calls before a step is recorded: libraries choose their kernels, optimizers make their buffers
+
+
+def arithmetic(device: torch.device) -> str:
+    """How `train.fit` computes there, for the keys of stored models: other arithmetic, other weights."""
+    return "cuda, bfloat16" if device.type == "cuda" else device.type
+
+
+def half(device: torch.device) -> AbstractContextManager:
+    """A block whose matrix products and convolutions run in bfloat16 on a GPU; weights and their gradients stay float32."""
+    if device.type != "cuda":
+        return nullcontext()
+    # No cache of cast weights: it would outlast a recorded step.
+    return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+
+
+def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:
+    """A generator on the device: this very one if it is there, otherwise one that starts where this one's next draw says."""
+    if generator.device.type == device.type:
+        return generator
+    return torch.Generator(device).manual_seed(int(torch.randint(2**31, (), generator=generator)))
+
+
+def sgd(parameters: Iterable[torch.Tensor], device: torch.device, *, lr: float, **settings: object) -> torch.optim.SGD:
+    """SGD.  On a GPU it is one kernel, and the rate lies there, so that schedulers change it in a recorded step too."""
+    if device.type != "cuda":
+        return torch.optim.SGD(parameters, lr=lr, **settings)
+    return torch.optim.SGD(parameters, lr=torch.tensor(lr, device=device), fused=True, **settings)
+
+
+def adam(
+    parameters: Iterable[torch.Tensor], device: torch.device, *, lr: float, **settings: object
+) -> torch.optim.Adam:
+    """Adam, likewise."""
+    if device.type != "cuda":
+        return torch.optim.Adam(parameters, lr=lr, **settings)
+    return torch.optim.Adam(parameters, lr=torch.tensor(lr, device=device), capturable=True, **settings)
+
+
+def set_gradients(weights: dict[str, nn.Parameter], gradients: dict[str, torch.Tensor]) -> None:
+    """Give each weight its gradient, laid out in memory as the weight is, which a fused optimizer asks for."""
+    for name, weight in weights.items():
+        gradient = gradients[name]
+        same = gradient.stride() == weight.stride()
+        weight.grad = gradient if same else torch.empty_like(weight).copy_(gradient)
+
+
+def replayed(step: Step, device: torch.device, generators: Sequence[torch.Generator] = ()) -> Step:
+    """The step; on a GPU it is recorded once for each shape of its inputs (a CUDA graph), and later calls replay the recording.
+
+    A recorded step must work on tensors alone: what Python decides, or reads from a tensor, is decided while recording.  What it
+    returns is overwritten by the next call.  generators: those on the device that it draws from, but for PyTorch's own.
+    """
+    return _Replayed(step, generators) if device.type == "cuda" else step
+
+
+class _Replayed:
+    def __init__(self, step: Step, generators: Sequence[torch.Generator]):
+        self.step, self.generators = step, generators
+        self.stream = torch.cuda.Stream()
+        self.calls: Counter = Counter()
+        self.recordings: dict[tuple, tuple] = {}
+
+    def __call__(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        shapes = tuple(tensor.shape for tensor in inputs)
+        if shapes not in self.recordings:
+            self.calls[shapes] += 1
+            if self.calls[shapes] <= _BEFORE:
+                return self._plainly(inputs)
+            self.recordings[shapes] = self._record(inputs)
+        graph, places, outputs = self.recordings[shapes]
+        for place, tensor in zip(places, inputs, strict=True):
+            place.copy_(tensor)
+        graph.replay()
+        return outputs
+
+    def _plainly(self, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """The step itself, on the stream on which it will be recorded."""
+        now = torch.cuda.current_stream()
+        self.stream.wait_stream(now)
+        with torch.cuda.stream(self.stream):
+            outputs = self.step(*inputs)
+        now.wait_stream(self.stream)
+        return outputs
+
+    def _record(self, inputs: tuple[torch.Tensor, ...]) -> tuple:
+        """(recording, where it reads its inputs, where it writes its outputs); nothing is computed yet."""
+        places = [tensor.clone() for tensor in inputs]
+        graph = torch.cuda.CUDAGraph()
+        for generator in self.generators:
+            graph.register_generator_state(generator)
+        with torch.cuda.graph(graph, stream=self.stream):
+            outputs = self.step(*places)
+        return graph, places, outputs

@@ -1,0 +1,146 @@
+"""Steps replayed on a GPU do what the steps themselves do; on a CPU nothing here changes a bit."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from bdlib import gpu, train
+from bdlib.defenses import anp, awm, cbd, ft_sam
+from bdlib.explain import SynthesisConfig, synthesize_trigger
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+def test_on_a_cpu_all_of_it_is_plain_pytorch(generator):
+    step = lambda x: x
+    assert gpu.replayed(step, CPU) is step
+    assert gpu.generator_on(CPU, generator) is generator
+    weight = nn.Parameter(torch.ones(2))
+    for made, kind in (
+        (gpu.sgd([weight], CPU, lr=0.5), torch.optim.SGD),
+        (gpu.adam([weight], CPU, lr=0.5), torch.optim.Adam),
+    ):
+        group = made.param_groups[0]
+        assert type(made) is kind and group["lr"] == 0.5 and not group["fused"] and not group.get("capturable")
+    with gpu.half(CPU):
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_keys_tell_apart_what_computes_otherwise():
+    assert gpu.arithmetic(CPU) == "cpu" and gpu.arithmetic(CUDA) != "cuda"
+
+
+def test_a_gradient_lies_in_memory_as_its_weight_does():
+    weight = nn.Parameter(torch.rand(4, 3, 2, 2).to(memory_format=torch.channels_last))
+    gradient = torch.rand(4, 3, 2, 2)
+    gpu.set_gradients({"w": weight}, {"w": gradient})
+    assert torch.equal(weight.grad, gradient) and weight.grad.stride() == weight.stride()
+    gpu.set_gradients({"w": weight}, {"w": weight.detach()})
+    assert weight.grad.data_ptr() == weight.data_ptr()  # no copy where none is needed
+
+
+def descend(weight, optimizer, images):
+    loss = (images @ weight).square().mean() + weight.sum()
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.detach()
+
+
+@needs_gpu
+@pytest.mark.parametrize("make", [gpu.sgd, gpu.adam])
+def test_replays_do_what_the_step_does_for_every_shape_and_rate(make):
+    batches = [torch.rand(size, 3, device=CUDA) for size in (5, 5, 2) * 6]
+    ends = []
+    for replay in (False, True):
+        weight = torch.ones(3, device=CUDA, requires_grad=True)
+        optimizer = make([weight], CUDA, lr=0.1)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.7)
+        step = lambda images: descend(weight, optimizer, images)  # noqa: B023
+        step = gpu.replayed(step, CUDA) if replay else step
+        losses = []
+        for images in batches:
+            losses.append(step(images).clone())
+            scheduler.step()
+        ends.append((weight.detach(), torch.stack(losses)))
+    assert torch.allclose(ends[0][0], ends[1][0], atol=1e-6) and torch.allclose(ends[0][1], ends[1][1], atol=1e-6)
+
+
+@needs_gpu
+def test_replays_draw_new_numbers(generator):
+    source = gpu.generator_on(CUDA, generator)
+    step = gpu.replayed(lambda x: x + torch.rand(3, generator=source, device=CUDA), CUDA, [source])
+    drawn = torch.stack([step(torch.zeros(3, device=CUDA)).clone() for _ in range(12)])
+    assert len(drawn.unique()) == 36
+    again = gpu.generator_on(CUDA, torch.Generator().manual_seed(generator.initial_seed()))
+    assert torch.allclose(drawn, torch.stack([torch.rand(3, generator=again, device=CUDA) for _ in range(12)]))
+
+
+@needs_gpu
+def test_the_critics_norm():
+    matrix = torch.rand(64, 128, device=CUDA)
+    expected = torch.linalg.matrix_norm(matrix, 2).item()
+    assert cbd.largest_singular_value(matrix).item() == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.fixture
+def placed(network):
+    network[3].p = 0.0  # what dropout drops is another draw in a recording
+    return network.to(CUDA)
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", ["fit", "ft_sam", "anp", "awm", "synthesis", "cbd"])
+def test_replayed_methods_end_where_plain_ones_do(tiny, placed, monkeypatch, method):
+    """float32 all the way, so that only the replay differs."""
+    monkeypatch.setattr(gpu, "half", lambda device: torch.autocast("cuda", enabled=False))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    plain = lambda step, device, generators=(): step
+    replayed = run(method, tiny, placed)
+    monkeypatch.setattr(gpu, "replayed", plain)
+    expected = run(method, tiny, placed)
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(replayed, expected, strict=True))
+
+
+def run(method, tiny, network):
+    """What the method leaves: weights, masks or a trigger."""
+    source = torch.Generator().manual_seed(5)
+    start = {name: value.clone() for name, value in network.state_dict().items()}
+    if method == "fit":
+        config = train.TrainConfig(epochs=3, batch_size=8, lr=0.01, drop_last=False)
+        left = train.fit(network, tiny, config, generator=source).state_dict()
+        left = [value.clone() for value in left.values()]
+        network.load_state_dict(start)
+        return left
+    if method == "ft_sam":
+        tuned = ft_sam.ft_sam(network, tiny, ft_sam.FtSamConfig(epochs=3, batch_size=8), generator=source)
+        return list(tuned.state_dict().values())
+    if method == "anp":
+        return list(anp.learn_masks(network, tiny, anp.AnpConfig(steps=9, batch_size=8), generator=source).values())
+    if method == "awm":
+        return list(
+            awm.run(network, tiny, awm.AwmConfig(outer_epochs=2, batch_size=8), generator=source).masks.values()
+        )
+    if method == "synthesis":
+        found = synthesize_trigger(network, tiny, 1, SynthesisConfig(steps=9, batch_size=8), generator=source)
+        return [found.mask, found.pattern]
+    fresh = lambda generator: clone(network, start)
+    config = cbd.CbdConfig(batch_size=8, biased_epochs=2, epochs=3, lr=0.01, biased_lr=0.01, critic_dropout=0.0)
+    result = cbd.run(fresh, tiny, config, generator=source)
+    return [*result.model.state_dict().values(), result.weights, result.critic]
+
+
+def clone(network, start):
+    twin = copy.deepcopy(network)
+    twin.load_state_dict(start)
+    return twin.train().requires_grad_(True)
+
+
+@needs_gpu
+def test_training_in_bfloat16_learns(tiny, placed, generator):
+    train.fit(placed, tiny, train.TrainConfig(epochs=20, batch_size=12, lr=0.1), generator=generator)
+    assert train.accuracy(placed, tiny) > 0.9
+    assert all(weight.dtype == torch.float32 for weight in placed.parameters())
