@@ -26,11 +26,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bdlib import checks, files, grid, page, profiles, results, runs, schedule
+from bdlib import checks, files, grid, names, page, profiles, results, runs, schedule
 from bdlib.grid import Run
 from bdlib.job import Outcome
 from bdlib.live import Live
-from bdlib.places import home, project_root
+from bdlib.places import home, project_root, require_writable
+from bdlib.sources import SOURCES
 
 NOTEBOOKS = project_root() / "notebooks"
 console = Console()
@@ -38,7 +39,7 @@ console = Console()
 
 def main(arguments: list[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
-    options = parser(known() if {"-h", "--help"} & set(words) else None).parse_args(words)
+    options = parser().parse_args(words)
     try:
         options.out = files.place(options.out or home())
         if files.on_disk(options.out):
@@ -66,7 +67,7 @@ def plan_and_do(options: argparse.Namespace) -> int:
 
 def carry_out(whole: list[Run], options: argparse.Namespace) -> int:
     """Run what is not finished, then write the rows, the figures and the page of everything that is; the exit code."""
-    files.require_writable(home() / "store")
+    require_writable(home() / "store")
     runs.claim(options.out, mixed=options.mix_versions)
     waiting = to_do(whole, runs.Listing(options.out), options)
     if options.force:
@@ -90,24 +91,16 @@ def carry_out(whole: list[Run], options: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def known() -> dict[str, str]:
-    """The names that --help lists."""
-    from bdlib import data, models  # bring torch, which takes seconds
-    from bdlib.attacks import catalog
-
-    lists = {"dataset": data.NAMES, "arch": models.ARCHS, "attack": catalog.names()}
-    return {option: ", ".join(names) for option, names in lists.items()}
-
-
-def parser(known: dict[str, str] | None = None) -> argparse.ArgumentParser:
-    """known: the names that the help lists for --dataset, --arch and --attack."""
-    known = known or dict.fromkeys(("dataset", "arch", "attack"), "")
-    names = ", ".join(all_notebooks())
+def parser() -> argparse.ArgumentParser:
+    datasets = ", ".join(name for name, source in SOURCES.items() if source.needs != "path")
+    networks, attacks = ", ".join(names.NETWORKS), ", ".join(names.ATTACKS)
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--only", nargs="+", metavar="NOTEBOOK", help=f"notebooks to run: {names} (default: all)")
-    p.add_argument("--dataset", nargs="+", help=f"{known['dataset']}, or folder:PATH")
-    p.add_argument("--arch", nargs="+", help=f"{known['arch']}; with :WIDTH for another width: preact_resnet18:8")
-    p.add_argument("--attack", nargs="+", help=f"{known['attack']}; blended:FILE; with _a2a behind it all-to-all")
+    p.add_argument(
+        "--only", nargs="+", metavar="NOTEBOOK", help=f"notebooks to run: {', '.join(all_notebooks())} (default: all)"
+    )
+    p.add_argument("--dataset", nargs="+", help=f"{datasets}, or folder:PATH")
+    p.add_argument("--arch", nargs="+", help=f"{networks}; with :WIDTH for another width: preact_resnet18:8")
+    p.add_argument("--attack", nargs="+", help=f"{attacks}; blended:FILE; with _a2a behind it all-to-all")
     p.add_argument(
         "--budget",
         nargs="+",
@@ -122,7 +115,8 @@ def parser(known: dict[str, str] | None = None) -> argparse.ArgumentParser:
     p.add_argument(
         "--profile",
         default="quick",
-        help="quick: minutes on two CPU cores (default); paper: the papers' protocol, wants a GPU",
+        help="quick: minutes on two CPU cores (default); paper: the papers' protocol, wants a GPU; paper_fast: likewise, with a "
+        "shorter training of the backdoored network",
     )
     p.add_argument(
         "--set",

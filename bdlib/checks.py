@@ -1,20 +1,17 @@
 """What is checked for every run of a grid before the first starts.
 
-Whether values fit needs torch, whose import takes longer and more memory than the plan of ten thousand runs.  So `fits` is asked in a
-process of its own, and what passed once is noted in BDLIB_HOME/checked.
+Most values plainly fit (`glance`).  Whether others do needs torch, whose import takes longer and more memory than the plan of ten
+thousand runs: `fits` is asked in a process of its own, and says what is wrong.
 """
 
-import hashlib
 import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
 
-from bdlib import grid
-from bdlib.files import write_json
+from bdlib import glance, grid
 from bdlib.grid import Run
-from bdlib.places import data_root, home, python_path
+from bdlib.places import python_path
 
 
 def complaints(runs: list[Run]) -> list[str]:
@@ -60,43 +57,29 @@ def _misnamed(run: Run) -> str | None:
 
 
 def _misfits(settings: list[dict]) -> list[str | None]:
-    """What is wrong with the values of each setting, or None (`fits`).  What passed once, with this code and data, is not asked again.
+    """What is wrong with the values of each setting, or None.  Raises ValueError if it cannot be told."""
+    plain = [glance.fits(values) for values in settings]
+    doubtful = iter(_looked_at([values for values, fits in zip(settings, plain, strict=True) if not fits]))
+    return [None if fits else next(doubtful) for fits in plain]
 
-    Raises ValueError if it cannot be told.
-    """
+
+def _looked_at(settings: list[dict]) -> list[str | None]:
+    """What `fits` says of these settings, here or in a process of its own."""
+    if not settings:
+        return []
     if torch_is_here():
         from bdlib import fits
 
         return fits.complaints(settings)
-    note = home() / "checked" / f"{_fingerprint(settings)}.json"
-    with suppress(OSError):
-        if note.exists():
-            return [None] * len(settings)
     asked = subprocess.run(
         [sys.executable, "-m", "bdlib.fits"], check=False, input=json.dumps(settings), stdout=subprocess.PIPE, text=True,
         env=os.environ | {"PYTHONPATH": python_path()},
     )  # fmt: skip
     if asked.returncode:
         raise ValueError(f"the values could not be checked: python -m bdlib.fits ended with {asked.returncode}")
-    found = json.loads(asked.stdout)
-    if not any(found) and not any(_of_the_user(values) for values in settings):
-        with suppress(OSError):
-            write_json(note, {"settings": len(settings)})
-    return found
+    return json.loads(asked.stdout)
 
 
 def torch_is_here() -> bool:
     """Whether this process has imported torch, so that checking here costs nothing more."""
     return "torch" in sys.modules
-
-
-def _fingerprint(settings: list[dict]) -> str:
-    """Hash of all that decides whether these settings pass: their values, bdlib's code, and which datasets are there."""
-    files = sorted({str(data_root() / f"{values['dataset']}.npz") for values in settings})
-    there = [(file, os.stat(file).st_mtime_ns if os.path.exists(file) else None) for file in files]
-    return hashlib.sha256(json.dumps([settings, grid.package_hash(), there], sort_keys=True).encode()).hexdigest()[:24]
-
-
-def _of_the_user(values: dict) -> bool:
-    """Whether files of the user's own take part, which may change unseen."""
-    return any(str(values[name]).startswith(kind) for name, kind in (("dataset", "folder:"), ("attack", "blended:")))

@@ -19,17 +19,8 @@ from bdlib import data, gpu, metrics, models, poison, profiles, results, store, 
 from bdlib.attacks import catalog
 from bdlib.attacks.attacker import Attacker, Stamps
 from bdlib.data import Dataset
+from bdlib.names import PAPERS
 from bdlib.places import data_root, home, project_root
-
-PAPERS = {
-    "00_backdoors": "-",
-    "01_linf_pruning": "arXiv:2002.12162",
-    "02_awm": "arXiv:2207.04497",
-    "03_rnp": "arXiv:2305.14876",
-    "04_cbd": "arXiv:2303.06818",
-    "05_ft_sam": "arXiv:2304.11823",
-    "06_all_five": "-",
-}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -351,11 +342,10 @@ def out_folder(out: str) -> Path:
 
 
 def stored_rows(name: str) -> pd.DataFrame:
-    """Rows that `make figures` or `make attacks` measured: figures/NAME.csv; none, with a word on it, where that file is not there."""
+    """Rows that `make figures`, `attacks` or `paper` measured: figures/NAME.csv; none, with a word on it, where it is not there."""
     path = project_root() / "figures" / f"{name}.csv"
     if not path.exists():
-        print(
-            f"no stored rows: `make {'attacks' if name.startswith('attacks') else 'figures'}` writes figures/{name}.csv"
-        )
+        by = next((target for target in ("attacks", "paper") if name.startswith(target)), "figures")
+        print(f"no stored rows: `make {by}` writes figures/{name}.csv")
         return results.load()
     return results.load(path)

@@ -46,18 +46,6 @@ def write_json(path: Path, content: dict) -> None:
     write_atomic(path, lambda file: file.write(json.dumps(content, indent=1).encode()))
 
 
-def require_writable(folder: Path) -> None:
-    """Raises ValueError that names the folder if nothing can be written there."""
-    probe = folder / f".probe-{secrets.token_hex(6)}"
-    try:
-        write_atomic(probe, lambda file: file.write(b"x"))
-        probe.unlink()
-    except OSError as error:
-        raise ValueError(
-            f"the store of models cannot be written, {folder}: {error}; BDLIB_HOME names another place"
-        ) from error
-
-
 def write_atomic(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Call `write` on a temporary file beside `path`, then put it in its place at once; folders are made.
 

@@ -33,7 +33,7 @@ def _training_split(profile: str, dataset: str) -> data.Dataset:
 
 def _at_hand(dataset: str) -> bool:
     """Whether the dataset can be looked at without a download; if not, the notebook itself checks the rest."""
-    on_disk = (places.data_root() / f"{dataset}.npz").exists()
+    on_disk = places.dataset_file(dataset).exists()
     return on_disk or dataset in data.EMBEDDED or dataset not in data.NAMES
 
 

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
 from itertools import product
@@ -23,18 +23,20 @@ from pathlib import Path
 
 import torch
 
-from bdlib import compare, experiment, oracle, places, profiles, results
+from bdlib import compare, data, experiment, models, names, oracle, places, profiles, results
 from bdlib.experiment import Lab, Setting
 
 DATASETS = ("cifar10", "gtsrb")
-# The most telling first.  Attacks on images of the target class alone poison 5%, which every dataset's classes have.
+# The most telling first.  Attacks on images of the target class alone poison 5%, half of one of CIFAR-10's classes.
 ATTACKS = ("badnets", "blended", "sig", "trojannn", "lf", "wanet", "label_consistent", "input_aware")
-CLEAN_LABEL = ("sig", "label_consistent")
 SEEDS = (0, 1, 2)
 BUDGETS = (500, 2500, 100, 50, 10, 5000)
-METHODS = ("fine_tuning", "awm", "rnp", "ft_sam", "linf_pruning", "fine_pruning", "anp")
+METHODS = (
+    "fine_tuning", "awm", "rnp", "ft_sam", "linf_pruning", "fine_pruning", "anp", "nad", "clp", "bnp", "ep",
+)  # fmt: skip
 IN_TRAINING, IN_TRAINING_ARCH = "cbd", "wrn_16_1"  # on the whole poisoned training set, with the network of its paper
 CLASSES = {"gtsrb": 43}  # a budget has an image of each class at least
+SMALL_TARGET = ("gtsrb",)  # class 0 has too few images for attacks on it alone
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -56,8 +58,8 @@ class Unit:
         """That of the unit's network; the same for all budgets."""
         return Setting(
             notebook="06_all_five" if self.budget else "04_cbd", arch=arch if self.budget else IN_TRAINING_ARCH,
-            profile=profile, dataset=self.dataset, attack=self.attack, budget=BUDGETS[0] if self.budget else 0,
-            poison_rate=0.05 if self.attack in CLEAN_LABEL else 0.1, target_label=0, seed=self.seed,
+            profile=profile, dataset=self.dataset, attack=self.attack, budget="1/class" if self.budget else 0,
+            poison_rate=0.05 if self.attack in names.CLEAN_LABEL else 0.1, target_label=0, seed=self.seed,
         )  # fmt: skip
 
 
@@ -94,22 +96,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = functools.partial(parser.add_argument, metavar="NAME", nargs="+")
-    add("--datasets", default=DATASETS, help=f"default: {' '.join(DATASETS)}")
-    add("--attacks", default=ATTACKS, choices=ATTACKS, help=f"default: {' '.join(ATTACKS)}")
-    add("--methods", default=(*METHODS, IN_TRAINING), help=f"default: {' '.join(METHODS)} {IN_TRAINING}")
-    add("--seeds", default=SEEDS, type=int, metavar="N", help=f"default: {' '.join(map(str, SEEDS))}")
-    add(
-        "--budgets",
-        default=BUDGETS,
-        type=int,
-        metavar="N",
-        help=f"clean images; default: {' '.join(map(str, BUDGETS))}",
+
+    def several(option: str, default: tuple, word: str, **settings) -> None:
+        text = f"default: {' '.join(map(str, default))}"
+        parser.add_argument(option, nargs="+", default=default, metavar=word, help=text, **settings)
+
+    several("--datasets", DATASETS, "NAME")
+    several("--attacks", ATTACKS, "NAME", choices=ATTACKS)
+    several("--methods", (*METHODS, IN_TRAINING), "NAME")
+    several("--seeds", SEEDS, "N", type=number_from(0))
+    several("--budgets", BUDGETS, "N", type=number_from(1))
+    parser.add_argument(
+        "--minutes", type=float, default=0, help="begin nothing new after so many; 0 (default): no limit"
     )
-    parser.add_argument("--minutes", type=float, default=0, help="begin nothing new after so many; 0 = no limit")
-    parser.add_argument("--workers", type=int, default=1, help="processes, each with a network of its own (default 1)")
+    parser.add_argument(
+        "--workers", type=number_from(1), default=1, help="processes, each with its own network (default 1)"
+    )
     parser.add_argument("--profile", default="paper_fast", choices=profiles.NAMES, help="default: paper_fast")
-    parser.add_argument("--arch", default="preact_resnet18", help="default: preact_resnet18")
+    parser.add_argument("--arch", default="preact_resnet18", help="default: preact_resnet18; CBD has its own")
     parser.add_argument(
         "--out", type=Path, default=places.project_root() / "runs" / "paper", help="default: runs/paper"
     )
@@ -117,9 +121,27 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(arguments)
     try:
         compare.chosen(",".join(options.methods))
+        models.parse(options.arch)
+        for dataset in options.datasets:
+            if dataset not in data.NAMES and not dataset.startswith("folder:"):
+                raise ValueError(f"datasets must be out of {', '.join(data.NAMES)}, or folder:PATH, got {dataset!r}")
+        if options.minutes < 0:
+            raise ValueError(f"minutes must not be negative, got {options.minutes:g}")
     except ValueError as error:
         parser.error(str(error))
     return options
+
+
+def number_from(least: int) -> Callable[[str], int]:
+    """What makes a whole number, `least` or more, of a word of the command line."""
+
+    def number(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {least} on, got {text}")
+        return value
+
+    return number
 
 
 def plan(
@@ -133,6 +155,8 @@ def plan(
     units = []
     after = tuple(name for name in methods if name != IN_TRAINING)
     for (d, dataset), (a, attack), (s, seed) in product(enumerate(datasets), enumerate(attacks), enumerate(seeds)):
+        if dataset in SMALL_TARGET and attack in names.CLEAN_LABEL:
+            continue
         value = 100 * d + a // 2 * 2 + s  # two attacks, then their other seeds, then two more attacks
         fitting = [(b // 2, budget) for b, budget in enumerate(budgets) if budget >= CLASSES.get(dataset, 10)]
         units += [Unit(value + 2 * b, dataset, attack, seed, budget, after) for b, budget in fitting if after]
@@ -141,7 +165,9 @@ def plan(
     return sorted(units)
 
 
-def run_all(units: Sequence[Unit], work, workers: int) -> Iterator[tuple[Unit, bool | Exception]]:
+def run_all(
+    units: Sequence[Unit], work: Callable[[Unit], bool], workers: int
+) -> Iterator[tuple[Unit, bool | Exception]]:
     """Each unit with what `work` returned, or raised, as it ends."""
     if workers == 1:
         for unit in units:
@@ -156,7 +182,7 @@ def run_all(units: Sequence[Unit], work, workers: int) -> Iterator[tuple[Unit, b
             pool.shutdown(cancel_futures=True)
 
 
-def attempt(work, unit: Unit) -> bool | Exception:
+def attempt(work: Callable[[Unit], bool], unit: Unit) -> bool | Exception:
     """What `work` makes of the unit; an error is what it was, and the next unit begins."""
     try:
         return work(unit)

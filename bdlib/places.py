@@ -1,6 +1,7 @@
 """Where the project, its datasets, models and runs lie."""
 
 import os
+import secrets
 from pathlib import Path
 
 from bdlib import files
@@ -25,3 +26,20 @@ def home() -> Path:
 def data_root() -> Path:
     """Where datasets are kept: $BDLIB_DATA, or `data/` of the project."""
     return Path(os.environ.get("BDLIB_DATA") or project_root() / "data")
+
+
+def dataset_file(name: str) -> Path:
+    """Where a downloaded dataset is kept."""
+    return data_root() / f"{name}.npz"
+
+
+def require_writable(folder: Path) -> None:
+    """Raises ValueError that names the folder, one of the store of models, if nothing can be written there."""
+    probe = folder / f".probe-{secrets.token_hex(6)}"
+    try:
+        files.write_atomic(probe, lambda file: file.write(b"x"))
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(
+            f"the store of models cannot be written, {folder}: {error}; BDLIB_HOME names another place"
+        ) from error

@@ -17,6 +17,7 @@ from bdlib import figures, results
 def main(runs: Path, out: Path) -> None:
     """Write out/PAPER_rows.csv for every notebook with a results.csv below `runs`, and the figures drawn from these rows.
 
+    Rows of the papers' profiles, whatever their notebook, become out/paper_DATASET.csv and its heatmap.
     Of the primer, out/attacks_DATASET.csv for every dataset with rows of more than one attack.  The gallery of attacks is drawn by
     its notebook, which holds the pictures: it is copied.
     """
@@ -28,7 +29,9 @@ def main(runs: Path, out: Path) -> None:
     rows = rows.sort_values(
         [name for name in [*results.SETTING, "seed"] if name not in ("defense", "variant")], kind="stable"
     )
-    for notebook, part in rows.groupby("notebook"):
+    quick = rows["profile"] == "quick"
+    save_paper(rows[~quick], out)
+    for notebook, part in rows[quick].groupby("notebook"):
         paper = notebook.partition("_")[2]
         if notebook == "00_backdoors":
             save_attacks(part, out)
@@ -55,6 +58,14 @@ def usual(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.drop_duplicates(
         ["profile", "dataset", "arch", "attack", "poison_rate", "target_label", "budget", "defense", "seed"]
     )
+
+
+def save_paper(rows: pd.DataFrame, out: Path) -> None:
+    """Write out/paper_DATASET.csv, .png and .svg for every dataset in these rows."""
+    for dataset, part in rows.groupby("dataset"):
+        name = "paper_" + re.sub(r"[^\w.-]+", "-", str(dataset))
+        results.save(part, out / f"{name}.csv")
+        figures.save(heatmap_figure(part), out / name)
 
 
 def save_attacks(rows: pd.DataFrame, out: Path) -> None:

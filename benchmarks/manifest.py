@@ -1,7 +1,5 @@
 """Seconds and peak memory of runall.py's --dry-run and --status over ten thousand runs, half of them finished.
 
-The first plan checks the values in a process of its own, which imports torch; the next ones find that noted.
-
 python benchmarks/manifest.py
 """
 
@@ -37,8 +35,8 @@ def main() -> None:
         command = [sys.executable, str(ROOT / "runall.py"), "--only", *NOTEBOOKS, *axes, "--out", str(out)]
         measure("import torch alone", [sys.executable, "-c", "import torch"])
         os.environ["BDLIB_HOME"] = folder
-        for option, what in (("--dry-run", ", first time"), ("--dry-run", ""), ("--status", "")):
-            measure(f"{len(runs):,} runs {option}{what}", [*command, option])
+        for option in ("--dry-run", "--status"):
+            measure(f"{len(runs):,} runs {option}", [*command, option])
 
 
 def measure(what: str, command: list[str]) -> None:
@@ -46,7 +44,9 @@ def measure(what: str, command: list[str]) -> None:
     start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     _, status, used = os.wait4(process.pid, 0)
-    print(f"{what}: {time.perf_counter() - start:.1f} s, peak memory {used.ru_maxrss >> 10} MB, status {status}")
+    if status:
+        raise SystemExit(f"{what}: ended with {os.waitstatus_to_exitcode(status)}")
+    print(f"{what}: {time.perf_counter() - start:.1f} s, peak memory {used.ru_maxrss >> 10} MB")
 
 
 if __name__ == "__main__":

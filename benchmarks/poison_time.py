@@ -1,6 +1,6 @@
 """Seconds and memory to poison CIFAR-10's 50,000 images, for every trigger that needs nothing but a seed.
 
-    python benchmarks/poison_time.py            random pixels of CIFAR-10's size
+    python -m benchmarks.poison_time            random pixels of CIFAR-10's size
 
 Prints a line for each: seconds for 10% of the split, and the growth of the process's peak memory in MB.
 """
@@ -10,15 +10,14 @@ import time
 
 import torch
 
-from bdlib import data, poison
+from bdlib import poison
 from bdlib.attacks import catalog
+from benchmarks.train import random_split
 
 
 def main() -> None:
-    source = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (50_000, 3, 32, 32), dtype=torch.uint8, generator=source)
-    split = data.Dataset("random", images, torch.arange(50_000) % 10, tuple("0123456789"))
-    print(f"the split itself: {images.numel() / 2**20:.0f} MB")
+    split = random_split(50_000)
+    print(f"the split itself: {split.images.numel() / 2**20:.0f} MB")
     for name in (name for name in catalog.names() if not catalog.kind(name).build):
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         start = time.perf_counter()

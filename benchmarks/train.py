@@ -1,7 +1,7 @@
 """Images a second in training: ours, one fixed batch, and the way of the papers' codes; and the share of the machine's matmul rate.
 
-python benchmarks/train.py                                   width 16, 6,400 images an epoch: minutes on a CPU
-python benchmarks/train.py --arch preact_resnet18 --images 50000 --batches 128 512 --ways ours peers compiled
+python -m benchmarks.train                                   width 16, 6,400 images an epoch: minutes on a CPU
+python -m benchmarks.train --arch preact_resnet18 --images 50000 --batches 128 512 --ways ours peers compiled
 
 ours           bdlib.train.fit: the split on the device, crops and flips of a whole batch; on a GPU bfloat16, each step one launch
 fixed batch    forward, backward and step, as ours, always on the first batch: what ours could be at most
@@ -25,6 +25,7 @@ import seaborn as sns
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.data import DataLoader
 
 from bdlib import data, experiment, gpu, models, places, train
 
@@ -108,16 +109,7 @@ def compiled(
 
 
 def peers(split: data.Dataset, options: argparse.Namespace, batch_size: int, device: torch.device) -> Iterator[float]:
-    from PIL import Image
-    from torch.utils.data import DataLoader
-    from torchvision import transforms
-
-    steps = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
-    pictures = [Image.fromarray(image) for image in split.images.permute(0, 2, 3, 1).numpy()]
-    loader = DataLoader(
-        Pictures(pictures, split.labels.tolist(), transforms.Compose(steps)), batch_size, shuffle=True, drop_last=True,
-        num_workers=options.workers, pin_memory=device.type == "cuda",
-    )  # fmt: skip
+    loader = pictures_loader(split, batch_size, options.workers, device)
     model = fresh(split, options.arch, device).to(memory_format=torch.contiguous_format).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, weight_decay=5e-4)
     for _ in range(options.epochs):
@@ -129,6 +121,18 @@ def peers(split: data.Dataset, options: argparse.Namespace, batch_size: int, dev
             optimizer.step()
             total += loss.item()
         yield now(device) - start
+
+
+def pictures_loader(split: data.Dataset, batch_size: int, workers: int, device: torch.device) -> DataLoader:
+    """The peers' batches."""
+    from PIL import Image
+    from torchvision import transforms
+
+    steps = [transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
+    pictures = [Image.fromarray(image) for image in split.images.permute(0, 2, 3, 1).numpy()]
+    dataset = Pictures(pictures, split.labels.tolist(), transforms.Compose(steps))
+    pinned = device.type == "cuda"
+    return DataLoader(dataset, batch_size, shuffle=True, drop_last=True, num_workers=workers, pin_memory=pinned)
 
 
 class Pictures(torch.utils.data.Dataset):
@@ -149,6 +153,12 @@ WAYS = {"ours": ours, "fixed batch": fixed_batch, "peers": peers, "compiled": co
 
 def fresh(split: data.Dataset, arch: str, device: torch.device) -> nn.Module:
     return models.build(arch, split.images, len(split.classes), generator=torch.Generator().manual_seed(0)).to(device)
+
+
+def random_split(count: int) -> data.Dataset:
+    """Random pixels of CIFAR-10's size, with its crops and flips."""
+    images = torch.randint(256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    return data.Dataset("random", images, torch.arange(count) % 10, tuple("0123456789"), crop_padding=4, flip=True)
 
 
 def now(device: torch.device) -> float:

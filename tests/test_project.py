@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from bdlib import grid, profiles
+from bdlib import figures, grid, profiles, results
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
@@ -90,3 +90,16 @@ def test_the_readme_names_real_notebooks_and_make_targets():
     assert set(re.findall(r"make (\w+)", text)) - {"it"} <= set(targets)
     for name in re.findall(r"notebooks/(\w+\.ipynb)", text):
         assert (ROOT / "notebooks" / name).exists()
+
+
+def test_the_readmes_table_is_that_of_the_measured_rows():
+    text = (ROOT / "README.md").read_text()
+    lines = re.findall(r"^\| ([^|]+?) \| ([\d.]+) / ([\d.]+) \| ([\d.]+) / ([\d.]+) \|$", text, re.M)
+    shown = {line[0]: tuple(map(float, line[1:])) for line in lines}
+    rows = results.load(ROOT / "figures" / "paper_cifar10_jpeg.csv").query("variant == 'default' and budget == 500")
+    measured = {}
+    for defense, part in rows.groupby("defense"):
+        by_attack = part.set_index("attack").loc[["badnets", "blended"], ["acc", "asr"]]
+        measured[figures.method_name(defense, "default")] = (100 * by_attack).to_numpy().ravel()
+    assert shown.keys() == measured.keys() and set(rows["device"]) == {"NVIDIA H200"}
+    assert all(shown[name] == pytest.approx(values, abs=0.0501) for name, values in measured.items())

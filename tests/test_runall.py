@@ -59,7 +59,7 @@ def call(notebooks, tmp_path):
         (["--dataset", "folder:/nowhere"], "needs an existing folder, got '/nowhere'"),
         (["--attack", "blend"], "attack must be one of badnets"),
         (["--arch", "resnet19"], "arch must be one of preact_resnet18"),
-        (["--profile", "fast"], "profile must be one of quick, paper, got 'fast'"),
+        (["--profile", "fast"], "profile must be one of quick, paper, paper_fast, got 'fast'"),
         (["--budget", "0"], "budget must be between 10 (one image a class) and 5000"),
         (["--budget", "-3"], "got -3"),
         (["--budget", "5001"], "got 5001 = 5001 images"),

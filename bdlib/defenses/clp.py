@@ -37,10 +37,10 @@ def channel_bounds(model: nn.Module, image: torch.Tensor, pairing: str = "flow")
     """
     bounds = {}
     for name, (convolution, norm) in pairs(model, image, pairing).items():
-        kernels = convolution.weight.flatten(2)  # (K, C, h w)
+        kernels = convolution.weight.flatten(2).cpu()  # (K, C, h w); thousands of small SVDs take a GPU a minute
         # sigma_k = |W_k|_2 |gamma_k / s_k|.  DIFFERS: eps under the root, as the norm itself has it; the code has none.
         deviation = (norm.running_var + norm.eps).sqrt()
-        bounds[name] = torch.linalg.matrix_norm(kernels, 2) * (norm.weight / deviation).abs()
+        bounds[name] = torch.linalg.matrix_norm(kernels, 2).to(deviation) * (norm.weight / deviation).abs()
     return bounds
 
 

@@ -1,0 +1,148 @@
+"""The table without Jupyter: what comes first, what a second call still does, a stop in time, and bad input."""
+
+import time
+
+import pandas as pd
+import pytest
+
+from bdlib import compare, experiment, paper, profiles, results, train
+
+
+def planned(**changed):
+    lists = {
+        "datasets": paper.DATASETS, "attacks": paper.ATTACKS, "seeds": paper.SEEDS, "budgets": paper.BUDGETS,
+        "methods": (*paper.METHODS, paper.IN_TRAINING),
+    }  # fmt: skip
+    return paper.plan(**lists | changed)
+
+
+def test_everything_is_planned_once():
+    units = planned()
+    cells = {(unit.dataset, unit.attack, unit.seed, unit.budget) for unit in units}
+    # CIFAR-10: eight attacks, six budgets and CBD.  GTSRB: ten images are fewer than its classes, and its class 0 is too small for
+    # the two attacks on one class.
+    assert len(cells) == len(units) == 8 * 3 * 7 + 6 * 3 * 6
+    assert not any(unit.dataset == "gtsrb" and unit.budget == 10 for unit in units)
+    assert len({unit.name for unit in units}) == len(units)
+
+
+def test_the_most_valuable_comes_first():
+    units = planned()
+    first = {(unit.attack, unit.seed, unit.budget) for unit in units[:4]}
+    assert first == {(attack, 0, budget) for attack in ("badnets", "blended") for budget in (500, 2500)}
+    assert [unit.dataset for unit in units].index("gtsrb") == 8 * 3 * 7  # all of CIFAR-10 before it
+    place = {(unit.attack, unit.seed, unit.budget): number for number, unit in enumerate(units[: 8 * 3 * 7])}
+    assert place["badnets", 0, 0] < place["badnets", 1, 500] < place["sig", 0, 500] < place["input_aware", 0, 500]
+    assert place["badnets", 2, 500] < place["badnets", 2, 10]
+
+
+def test_each_unit_is_its_attacks_own_setting():
+    setting = lambda unit: unit.setting("paper", "preact_resnet18")
+    by = {unit.name: setting(unit) for unit in planned()}
+    assert by["cifar10_badnets_0_500"].poison_rate == 0.1 and by["cifar10_sig_0_500"].poison_rate == 0.05
+    assert by["cifar10_badnets_0_500"] == by["cifar10_badnets_0_2500"]  # one network for all budgets
+    trained = by["cifar10_blended_2_cbd"]
+    assert (trained.notebook, trained.arch, trained.budget) == ("04_cbd", "wrn_16_1", 0)
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A call on the digits with a network of a few channels, trained for an epoch, in a folder of its own."""
+    monkeypatch.setenv("BDLIB_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(profiles, "training", lambda *_: train.TrainConfig(epochs=1))
+    paper.laboratory.cache_clear()
+    words = [
+        "--datasets",
+        "digits",
+        "--attacks",
+        "badnets",
+        "--seeds",
+        "0",
+        "--profile",
+        "quick",
+        "--arch",
+        "preact_resnet18:2",
+    ]
+
+    def call(*more):
+        code = paper.main([*words, "--out", str(tmp_path / "out"), *more])
+        table = tmp_path / "out" / "results.csv"
+        return code, results.load(table) if table.exists() else None
+
+    yield call
+    paper.laboratory.cache_clear()
+
+
+def test_rows_are_those_of_the_notebooks_and_nothing_is_measured_twice(small, monkeypatch):
+    code, rows = small("--budgets", "20", "30", "--methods", "bnp", "clp")
+    assert code == 0 and list(rows.columns) == results.COLUMNS
+    assert sorted(zip(rows["budget"], rows["defense"], strict=True)) == [
+        (budget, name) for budget in (20, 30) for name in ("bnp", "clp", "none")
+    ]
+    assert set(rows["notebook"]) == {"06_all_five"} and rows["asr_before"].nunique() == 1
+
+    def fail(*_):
+        raise AssertionError("a network was asked for again")
+
+    monkeypatch.setattr(experiment, "prepare", fail)
+    paper.laboratory.cache_clear()
+    code, again = small("--budgets", "20", "30", "--methods", "bnp", "clp")
+    assert code == 0
+    pd.testing.assert_frame_equal(rows, again)
+
+
+def test_rnp_has_a_row_for_each_threshold(small):
+    _, rows = small("--budgets", "100", "--methods", "rnp")
+    swept = rows[rows["variant"].str.startswith("threshold ")]
+    masks = "failed" not in rows.query("defense == 'rnp' and variant == 'default'")["measures"].iloc[0]
+    assert len(swept) in ((20,) if masks else (0, 20))
+
+
+def test_after_the_minutes_nothing_new_is_begun_and_the_rest_comes_with_the_next_call(small, monkeypatch):
+    measured, clock = [], [0.0]
+    monkeypatch.setattr(time, "time", lambda: clock[0])
+    whole = compare.rows
+
+    def one_takes_a_minute(lab, names, *rest, **options):
+        measured.extend(names)
+        clock[0] += 60
+        return whole(lab, names, *rest, **options)
+
+    monkeypatch.setattr(compare, "rows", one_takes_a_minute)
+    code, rows = small("--budgets", "20", "--methods", "bnp", "clp", "--minutes", "0.5")
+    assert code == 3 and measured == ["bnp"] and set(rows["defense"]) == {"none", "bnp"}
+    code, rows = small("--budgets", "20", "--methods", "bnp", "clp")
+    assert code == 0 and measured == ["bnp", "clp"] and set(rows["defense"]) == {"none", "bnp", "clp"}
+
+
+def test_a_network_that_fails_does_not_end_the_table(small, capsys):
+    code, rows = small("--budgets", "20", "100000", "--methods", "bnp")
+    assert code == 1 and list(rows["budget"].unique()) == [20]
+    assert "100000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--methods", "awn"], "awn"),
+        (["--attacks", "badnet"], "badnet"),
+        (["--profile", "slow"], "slow"),
+        (["--datasets", "cifar"], "cifar"),
+        (["--arch", "resnet"], "resnet"),
+        (["--minutes", "-1"], "-1"),
+        (["--workers", "0"], "0"),
+        (["--budgets", "0"], "0"),
+        (["--seeds", "-1"], "-1"),
+    ],
+)
+def test_bad_input_is_named_before_anything_starts(words, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        paper.main(words)
+    assert stopped.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_dry_run_says_what_and_how_much(tmp_path, capsys):
+    assert paper.main(["--dry-run", "--datasets", "cifar10", "--seeds", "0", "--out", str(tmp_path / "out")]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("cifar10_badnets_0_500: fine_tuning, ") and "56 units" in said
+    assert not (tmp_path / "out").exists()
