@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import redirect_stdout
@@ -64,7 +65,7 @@ class Unit:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """0: all is measured; 1: something failed; 3: time was up before."""
+    """0: all is measured; 1: something failed; 3: time was up before; 130: stopped by Ctrl-C."""
     options = parse(arguments)
     units = plan(options.datasets, options.attacks, options.seeds, options.budgets, options.methods)
     if options.dry_run:
@@ -82,12 +83,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         quiet=options.workers > 1,
     )
     failed = unfinished = 0
-    for unit, outcome in run_all(units, work, options.workers):
-        gather(options.out)
-        failed += isinstance(outcome, Exception)
-        unfinished += outcome is False
-        if outcome is not False:
-            print(f"{time.strftime('%X')}  {unit.name}: {'done' if outcome is True else repr(outcome)}", flush=True)
+    try:
+        for number, (unit, outcome) in enumerate(run_all(units, work, options.workers), start=1):
+            gather(options.out)
+            failed += isinstance(outcome, Exception)
+            unfinished += outcome is False
+            if outcome is not False:
+                said = "done" if outcome is True else repr(outcome)
+                print(f"{time.strftime('%X')}  {number}/{len(units)} {unit.name}: {said}", flush=True)
+    except KeyboardInterrupt:
+        print("stopped.  Every row that was measured is kept; the same command goes on from there.")
+        return 130
     print(
         f"{len(units)} units: {unfinished} left for the next call, {failed} failed; rows: {options.out / 'results.csv'}"
     )
@@ -183,10 +189,11 @@ def run_all(
 
 
 def attempt(work: Callable[[Unit], bool], unit: Unit) -> bool | Exception:
-    """What `work` makes of the unit; an error is what it was, and the next unit begins."""
+    """What `work` makes of the unit; an error is returned, its traceback shown, and the next unit begins."""
     try:
         return work(unit)
     except Exception as error:  # one network that cannot be trained must not end the table
+        traceback.print_exc()
         return error
 
 
@@ -209,7 +216,7 @@ def measure(unit: Unit, *, profile: str, arch: str, out: Path, deadline: float, 
             compare.rows(lab, [name], results.load(), measured=part)
             if name == "rnp":
                 compare.kept(oracle.each_threshold(lab, name), part)
-    return True
+        return True
 
 
 @functools.lru_cache(maxsize=1)

@@ -118,7 +118,41 @@ def test_after_the_minutes_nothing_new_is_begun_and_the_rest_comes_with_the_next
 def test_a_network_that_fails_does_not_end_the_table(small, capsys):
     code, rows = small("--budgets", "20", "100000", "--methods", "bnp")
     assert code == 1 and list(rows["budget"].unique()) == [20]
-    assert "100000" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "100000" in said.out and "Traceback" in said.err
+
+
+def test_ctrl_c_keeps_what_was_measured(small, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    code, rows = small("--budgets", "20", "--methods", "bnp")
+    monkeypatch.setattr(compare, "rows", stop)
+    code, again = small("--budgets", "20", "--methods", "bnp", "clp")
+    assert code == 130 and "the same command goes on" in capsys.readouterr().out
+    pd.testing.assert_frame_equal(rows, again)
+
+
+def test_several_workers_measure_the_same_rows(small, tmp_path):
+    """A worker trains its network as the profile says, not as this test does: the same rows with other numbers."""
+    _, alone = small("--budgets", "20", "30", "--methods", "bnp")
+    other = ["--out", str(tmp_path / "other"), "--workers", "2"]
+    words = [
+        "--datasets",
+        "digits",
+        "--attacks",
+        "badnets",
+        "--seeds",
+        "0",
+        "--profile",
+        "quick",
+        "--arch",
+        "preact_resnet18:2",
+    ]
+    assert paper.main([*words, "--budgets", "20", "30", "--methods", "bnp", *other]) == 0
+    together = results.load(tmp_path / "other" / "results.csv")
+    assert list(together["budget"]) == list(alone["budget"]) and list(together["defense"]) == list(alone["defense"])
+    assert (tmp_path / "other" / "logs" / "digits_badnets_0_20.txt").exists()
 
 
 @pytest.mark.parametrize(
