@@ -12,6 +12,7 @@ command again goes on where it stopped.  Once the minutes are over nothing new i
 import argparse
 import dataclasses
 import functools
+import re
 import sys
 import time
 import traceback
@@ -53,7 +54,9 @@ class Unit:
 
     @property
     def name(self) -> str:
-        return f"{self.dataset}_{self.attack}_{self.seed}_{self.budget or IN_TRAINING}"
+        """A file's name, too."""
+        dataset = re.sub(r"[^\w.-]+", "-", self.dataset)
+        return f"{dataset}_{self.attack}_{self.seed}_{self.budget or IN_TRAINING}"
 
     def setting(self, profile: str, arch: str) -> Setting:
         """That of the unit's network; the same for all budgets."""

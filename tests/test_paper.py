@@ -6,6 +6,7 @@ import pandas as pd
 import pytest
 
 from bdlib import compare, experiment, paper, profiles, results, train
+from tests import batch
 
 
 def planned(**changed):
@@ -133,26 +134,30 @@ def test_ctrl_c_keeps_what_was_measured(small, monkeypatch, capsys):
     pd.testing.assert_frame_equal(rows, again)
 
 
-def test_several_workers_measure_the_same_rows(small, tmp_path):
-    """A worker trains its network as the profile says, not as this test does: the same rows with other numbers."""
-    _, alone = small("--budgets", "20", "30", "--methods", "bnp")
-    other = ["--out", str(tmp_path / "other"), "--workers", "2"]
-    words = [
-        "--datasets",
-        "digits",
-        "--attacks",
-        "badnets",
-        "--seeds",
-        "0",
-        "--profile",
-        "quick",
-        "--arch",
-        "preact_resnet18:2",
-    ]
-    assert paper.main([*words, "--budgets", "20", "30", "--methods", "bnp", *other]) == 0
-    together = results.load(tmp_path / "other" / "results.csv")
-    assert list(together["budget"]) == list(alone["budget"]) and list(together["defense"]) == list(alone["defense"])
-    assert (tmp_path / "other" / "logs" / "digits_badnets_0_20.txt").exists()
+def test_several_workers_measure_the_same(tmp_path, monkeypatch):
+    monkeypatch.setenv("BDLIB_HOME", str(tmp_path / "home"))
+    dataset = batch.write_images(tmp_path / "images")
+    tables = []
+    for workers in ("1", "2"):
+        out = tmp_path / workers
+        words = [
+            "--datasets",
+            dataset,
+            "--attacks",
+            "badnets",
+            "--seeds",
+            "0",
+            "--budgets",
+            "10",
+            "20",
+            "--methods",
+            "bnp",
+        ]
+        words += ["--profile", "quick", "--arch", "preact_resnet18:2", "--workers", workers, "--out", str(out)]
+        assert paper.main(words) == 0
+        tables.append(results.load(out / "results.csv").drop(columns=["seconds", "peak_memory_mb", "device"]))
+    pd.testing.assert_frame_equal(*tables)
+    assert len(list((tmp_path / "2" / "logs").glob("*_20.txt"))) == 1
 
 
 @pytest.mark.parametrize(
