@@ -88,11 +88,12 @@ def recipe(count: int) -> AblConfig:
     """BackdoorBench's setting; for a training split below 25,000 images fewer and smaller steps.
 
     DIFFERS: at a rate of .1 networks collapse on a few thousand images (see CBD), and their easy task needs no 80 epochs.  The
-    hundredth of them that is isolated fits into one batch: 80 epochs of unlearning make as many steps as BackdoorBench's 20 over 500.
+    hundredth of them that is isolated fits into one batch, so 20 epochs of unlearning are 20 steps, not BackdoorBench's 80: after 80
+    the network knew nothing any more.
     """
     if count >= 25_000:
         return AblConfig()
-    return AblConfig(batch_size=64, isolation_epochs=5, epochs=10, lr=0.03, schedule="one_cycle", unlearning_epochs=80)
+    return AblConfig(batch_size=64, isolation_epochs=5, epochs=10, lr=0.03, schedule="one_cycle")
 
 
 def hold_loss(
