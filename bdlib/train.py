@@ -117,7 +117,8 @@ def fit(
 ) -> nn.Module:
     """The model itself, trained on the split with SGD to make the objective small, in eval().
 
-    Crops and flips are those that the dataset allows; `change` comes after them.
+    Crops and flips are those that the dataset allows; `change` comes after them.  On a GPU a step computes in bfloat16 and is
+    recorded, so an `objective` may not read a tensor's value in Python (`gpu.replayed`).
     Raises ValueError for an empty split, FloatingPointError when the loss is no longer a number.
     """
     device = next(model.parameters()).device
