@@ -2,7 +2,7 @@
 
   python -m bdlib.paper --minutes 25                   CIFAR-10 first, then GTSRB
   python -m bdlib.paper --dry-run                      what would be measured, in which order
-  python -m bdlib.paper --workers 4                    four networks at a time, which one GPU takes gladly
+  python -m bdlib.paper --workers 2                    two networks at a time: one is prepared while the other has the GPU
   python -m bdlib.paper --arch preact_resnet18:16      a narrower network, for a CPU
 
 A row is kept as soon as it is measured, below OUT/parts; OUT/results.csv holds them all, in the form of the notebooks' rows.  The same
@@ -129,7 +129,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
     options = parser.parse_args(arguments)
     try:
-        compare.chosen(",".join(options.methods))
+        options.methods = tuple(compare.chosen(",".join(options.methods)))
         models.parse(options.arch)
         for dataset in options.datasets:
             if dataset not in data.NAMES and not dataset.startswith("folder:"):

@@ -185,3 +185,8 @@ def test_a_dry_run_says_what_and_how_much(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.startswith("cifar10_badnets_0_500: fine_tuning, ") and "56 units" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_a_group_of_methods_is_a_name_too():
+    methods = paper.parse(["--methods", "post-training"]).methods
+    assert "mcr" in methods and paper.IN_TRAINING not in methods
