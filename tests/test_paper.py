@@ -5,7 +5,7 @@ import time
 import pandas as pd
 import pytest
 
-from bdlib import compare, experiment, paper, profiles, results, train
+from bdlib import compare, experiment, oracle, paper, profiles, results, train
 from tests import batch
 
 
@@ -132,6 +132,19 @@ def test_ctrl_c_keeps_what_was_measured(small, monkeypatch, capsys):
     code, again = small("--budgets", "20", "--methods", "bnp", "clp")
     assert code == 130 and "the same command goes on" in capsys.readouterr().out
     pd.testing.assert_frame_equal(rows, again)
+
+
+def test_a_stop_among_the_thresholds_does_not_count_as_measured(small, monkeypatch):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    whole = oracle.each_threshold
+    monkeypatch.setattr(oracle, "each_threshold", stop)
+    assert small("--budgets", "100", "--methods", "rnp")[0] == 130
+    asked = []
+    monkeypatch.setattr(oracle, "each_threshold", lambda *lab: (asked.append(lab), whole(*lab))[1])
+    code, rows = small("--budgets", "100", "--methods", "rnp")
+    assert code == 0 and len(asked) == 1 and "rnp" in set(rows["defense"])
 
 
 def test_several_workers_measure_the_same(tmp_path, monkeypatch):
