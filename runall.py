@@ -26,12 +26,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from bdlib import checks, files, grid, names, page, profiles, results, runs, schedule
+from bdlib import checks, files, grid, names, page, profiles, results, runs, schedule, sources
 from bdlib.grid import Run
 from bdlib.job import Outcome
 from bdlib.live import Live
 from bdlib.places import home, project_root, require_writable
-from bdlib.sources import SOURCES
 
 NOTEBOOKS = project_root() / "notebooks"
 console = Console()
@@ -92,8 +91,7 @@ def carry_out(whole: list[Run], options: argparse.Namespace) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    datasets = ", ".join(name for name, source in SOURCES.items() if source.needs != "path")
-    networks, attacks = ", ".join(names.NETWORKS), ", ".join(names.ATTACKS)
+    datasets, networks, attacks = map(", ".join, (sources.NAMES, names.NETWORKS, names.ATTACKS))
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument(
         "--only", nargs="+", metavar="NOTEBOOK", help=f"notebooks to run: {', '.join(all_notebooks())} (default: all)"

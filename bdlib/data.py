@@ -1,7 +1,6 @@
 """Datasets by name, as uint8 tensors that fit on the device, and the defender's clean subset of them."""
 
 import hashlib
-import re
 import tempfile
 import zipfile
 import zlib
@@ -14,11 +13,10 @@ import numpy as np
 import torch
 
 from bdlib import signs, sources
+from bdlib.budget import resolve
 from bdlib.files import write_atomic
-from bdlib.sources import SOURCES
+from bdlib.sources import EMBEDDED, NAMES, SOURCES
 
-NAMES = tuple(name for name, source in SOURCES.items() if source.needs != "path")
-EMBEDDED = tuple(name for name, source in SOURCES.items() if source.needs == "nothing")  # these need no file
 # Per name: padding of random crops (pixels), left-right flips, smallest share of the area that shows the class.
 AUGMENTATION = {name: (source.crop_padding, source.flip, source.least_area) for name, source in SOURCES.items()}
 _ARRAYS = ("x_train", "y_train", "x_test", "y_test", "classes")
@@ -115,23 +113,7 @@ def resolve_budget(budget: int | str, dataset: Dataset) -> int:
 
     Raises ValueError if it is not of these forms, above the split, or below one image a class.
     """
-    size, classes = len(dataset), len(dataset.classes)
-    text = str(budget).strip()
-    if isinstance(budget, bool) or not re.fullmatch(r"-?\d+|\d+(\.\d+)?%|\d+/class", text):
-        raise ValueError(
-            f'budget must be a number (500), a share ("5%") or a number per class ("1/class"), got {budget!r}'
-        )
-    if text.endswith("%"):
-        exact = size * float(text[:-1]) / 100
-    else:
-        exact = int(text.removesuffix("/class")) * (classes if text.endswith("/class") else 1)
-    count = round(exact)
-    if count < classes or exact > size:
-        raise ValueError(
-            f"budget must be between {classes} (one image a class) and {size} (the training split of {dataset.name}), "
-            f"got {budget!r} = {count} images"
-        )
-    return count
+    return resolve(budget, len(dataset), len(dataset.classes), dataset.name)
 
 
 def clean_subset(dataset: Dataset, count: int, *, generator: torch.Generator) -> torch.Tensor:

@@ -4,13 +4,13 @@ What is not seen to fit need not be wrong: `fits` looks closer, and says what is
 """
 
 import functools
-import re
 import zipfile
 from pathlib import Path
 
 import numpy as np
 
 from bdlib import names, profiles
+from bdlib.budget import resolve
 from bdlib.places import dataset_file
 from bdlib.sources import SOURCES
 
@@ -47,29 +47,15 @@ def _sized(values: dict) -> bool:
     if known is None:  # not at hand: the notebook itself checks the rest
         return True
     sizes, total = known
-    budget, target_label = str(values["budget"]).strip(), values["target_label"]
-    if values["notebook"] in profiles.BUDGET_IS_TRAINING_SET:
-        count = total if budget == "0" else _budget(budget, total, len(sizes))
+    budget, target_label = values["budget"], values["target_label"]
+    limits_training = values["notebook"] in profiles.BUDGET_IS_TRAINING_SET
+    count = total if limits_training and str(budget) == "0" else resolve(budget, total, len(sizes), values["dataset"])
+    if limits_training:
         sizes, total = _part(sizes, total, count), count
-    else:
-        count = _budget(budget, total, len(sizes))
-    if not (len(sizes) <= count and 0 <= target_label < len(sizes)):
+    if not 0 <= target_label < len(sizes):
         return False
     pool = sizes[target_label] if values["attack"] in names.CLEAN_LABEL else total
     return 1 <= round(values["poison_rate"] * total) <= pool - 2
-
-
-def _budget(text: str, total: int, classes: int) -> int:
-    """The number of images that a budget means, as data.resolve_budget.  Raises ValueError for another form, or above the split."""
-    if not re.fullmatch(r"\d+(\.\d+)?%|\d+(/class)?", text):
-        raise ValueError(text)
-    if text.endswith("%"):
-        exact = total * float(text[:-1]) / 100
-    else:
-        exact = int(text.removesuffix("/class")) * (classes if text.endswith("/class") else 1)
-    if exact > total:
-        raise ValueError(text)
-    return round(exact)
 
 
 def _class_sizes(profile: str, dataset: str) -> tuple[np.ndarray, int] | None:

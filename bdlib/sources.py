@@ -199,3 +199,5 @@ SOURCES = {
     # Taken for natural images.
     "folder": Source(folder, "path", None, 4, True, 0.08),
 }
+NAMES = tuple(name for name, source in SOURCES.items() if source.needs != "path")
+EMBEDDED = tuple(name for name, source in SOURCES.items() if source.needs == "nothing")  # these need no file
