@@ -21,7 +21,8 @@ def test_environment_yml_repeats_pyproject():
         project["dependencies"] + project["optional-dependencies"]["test"] + [f"python{project['requires-python']}"]
     )
     conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    listed = [line for line in conda if isinstance(line, str) and line != "pip"]
+    from_pip = [line for part in conda if isinstance(part, dict) for line in part["pip"] if line != "--editable ."]
+    listed = [line for line in conda if isinstance(line, str) and line != "pip"] + from_pip
     plain = [re.sub(r"\[.*\]", "", line) for line in wanted]  # conda has no extras
     renamed = [re.sub(r"^[\w-]+", lambda match: CONDA_NAMES.get(match[0], match[0]), line) for line in plain]
     assert sorted(listed) == sorted(renamed)
