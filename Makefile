@@ -4,6 +4,8 @@
 # make notebooks   execute the notebooks in place, so that they are stored with the outputs of the quick profile
 # make figures     rewrite figures/ from quick grids (three hours on two cores; finished runs are kept)
 # make paper       the papers' tables without Jupyter, on a GPU; MINUTES=25 begins nothing new after 25 minutes, and the next call goes on
+# make book        the notebooks as a site to read, under build/book
+# make student     student versions, solutions and an nbgrader course, under build/student (a quarter of an hour the first time)
 # make attacks     ACC and ASR of every attack on CIFAR-10, quick profile (three to five hours on two cores)
 
 # An active virtual or conda environment is used; otherwise .venv is made here.
@@ -16,7 +18,7 @@ CLEAN_LABEL := sig sig_rnp label_consistent
 ATTACKS := badnets badnets_a2a badnets_grid badnets_4x4 badnets_corners l0_inv l2_inv trojan_3x3 trojan_square trojan_watermark trojannn \
 	blended signal signal_rnp signal_cbd lf wanet input_aware ssba lira adaptive_blend adaptive_patch
 
-.PHONY: install reproduce test test-package test-notebooks lab notebooks figures attacks paper lint
+.PHONY: install reproduce test test-package test-notebooks lab notebooks figures attacks paper book student lint
 
 install: $(INSTALLED)
 
@@ -79,6 +81,12 @@ attacks: install
 paper: install
 	$(PYTHON) -m bdlib.paper --minutes $(or $(MINUTES),0) || test $$? -eq 3
 	$(PYTHON) -m bdlib.report runs/paper figures
+
+book: install
+	$(PYTHON) -m bdlib.book
+
+student: install
+	$(PYTHON) -m bdlib.coursework
 
 lint: install
 	$(PYTHON) -m ruff check .

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 import re
 import sys
 import time
@@ -337,8 +338,12 @@ def describe_device(device: torch.device) -> str:
 
 
 def out_folder(out: str) -> Path:
-    """The folder of a notebook's `out` parameter: as it is, or below the project where it is relative."""
-    return project_root() / out
+    """The folder of a notebook's `out` parameter: as it is, or where it is relative below the project.
+
+    Below the current folder where the project cannot be written, as on a machine that a class shares.
+    """
+    root = project_root()
+    return (root if os.access(root, os.W_OK) else Path.cwd()) / out
 
 
 def stored_rows(name: str) -> pd.DataFrame:

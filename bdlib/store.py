@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from bdlib import locks
-from bdlib.files import write_atomic
+from bdlib.files import on_disk, write_atomic
 
 log = logging.getLogger(__name__)
 
@@ -35,9 +36,14 @@ def fetch(folder: Path, fields: dict, make: Callable[[], nn.Module]) -> Artifact
     """The stored state of the model that `fields` describe; `make` trains it if it is not there or does not pass its checksum.
 
     folder: on a disk or an object store.  A lock keeps two processes from making the same one.  Weights are safetensors, `about` is
-    JSON beside it; the JSON is written last, so an artifact without it does not count.
+    JSON beside it; the JSON is written last, so an artifact without it does not count.  What is complete is read without the lock,
+    so that a class can share a read-only store.  Raises PermissionError where the model is not in such a store.
     """
     name = key(fields)
+    if found := _read(folder, name):
+        return found
+    if on_disk(folder) and folder.exists() and not os.access(folder, os.W_OK):
+        raise PermissionError(f"model {name} is not in {folder}, which cannot be written; BDLIB_HOME names another place")
     waiting = functools.partial(log.warning, "another process is making model %s: waiting for it", name)
     with locks.hold(folder / f"{name}.lock", waiting):
         return _read(folder, name) or _write(folder, name, fields, make())

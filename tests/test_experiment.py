@@ -145,3 +145,11 @@ def test_the_quick_profile_keeps_a_balanced_part_of_a_large_split(monkeypatch, t
     assert kept[0].sha256() == kept[1].sha256()
     assert torch.bincount(kept[0].labels).numpy() == pytest.approx(np.array([300, 150, 50]), abs=1)
     assert len(experiment.load_data("paper", "large")[0]) == 1000
+
+
+def test_rows_go_below_the_current_folder_where_the_project_cannot_be_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert experiment.out_folder("runs/x") == experiment.project_root() / "runs/x"
+    monkeypatch.setattr(experiment.os, "access", lambda path, mode: mode != os.W_OK)
+    assert experiment.out_folder("runs/x") == tmp_path / "runs/x"
+    assert experiment.out_folder("/elsewhere") == type(tmp_path)("/elsewhere")

@@ -69,6 +69,8 @@ ALLOWED = {
     "job": {"child", "files", "grid", "places"},
     "schedule": {"grid", "job"},
     "live": set(),
+    "exercises": set(),
+    "coursework": {"files", "places"},
     "page": {"files", "grid", "results", "runs"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")

@@ -134,3 +134,17 @@ def test_what_is_known_stands_beside_the_weights(tmp_path):
     store.fetch(tmp_path, FIELDS, model)
     about = json.loads(next(tmp_path.glob("*.json")).read_text())
     assert about["arch"] == "linear" and about["torch"] == torch.__version__ and len(about["sha256"]) == 64
+
+
+def test_a_read_only_store_is_read_and_a_missing_model_named(tmp_path, monkeypatch):
+    """As a class shares it.  The system lets root write anywhere, so that its refusal is played here."""
+    store.fetch(tmp_path, FIELDS, lambda: model(3.0))
+
+    def refused(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(store.locks, "hold", refused)
+    monkeypatch.setattr(store.os, "access", lambda path, mode: mode != os.W_OK)
+    assert not store.fetch(tmp_path, FIELDS, refuse).made
+    with pytest.raises(PermissionError, match=r"model \w+ is not in .*which cannot be written; BDLIB_HOME"):
+        store.fetch(tmp_path, {"arch": "other"}, refuse)
