@@ -72,6 +72,7 @@ ALLOWED = {
     "exercises": set(),
     "coursework": {"files", "places"},
     "page": {"files", "grid", "results", "runs"},
+    "book": {"places", "results", "signs", "triggers"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 

@@ -1,0 +1,41 @@
+"""python -m bdlib.book [--out build/book]: build the site from the notebooks' stored outputs; nothing is executed."""
+
+import argparse
+import shutil
+import sys
+from pathlib import Path
+
+from bdlib.book import pages
+from bdlib.places import project_root
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """0 if the site stands in --out, else Sphinx's status: any warning, such as a broken link, and --out stays as it was."""
+    parser = argparse.ArgumentParser(prog="python -m bdlib.book", description=__doc__)
+    parser.add_argument(
+        "--out", type=Path, default=Path("build/book"), help="folder of the site (default: %(default)s)"
+    )
+    out = parser.parse_args(arguments).out.resolve()
+    work = out.with_name(f"{out.name}.work")
+    shutil.rmtree(work, ignore_errors=True)
+    pages.assemble(project_root(), work / "source")
+    status = run_sphinx(work)
+    if status == 0:
+        shutil.rmtree(out, ignore_errors=True)
+        (work / "html").rename(out)
+        shutil.rmtree(work)
+        print(f"the book: {out / 'index.html'}")
+    return status
+
+
+def run_sphinx(work: Path) -> int:
+    """Sphinx's exit status for work/source, with the site in work/html; all warnings are shown, and each is an error."""
+    from sphinx.cmd.build import main as sphinx
+
+    settings = Path(__file__).parent
+    options = ["-b", "html", "-q", "-W", "--keep-going", "-c", str(settings), "-d", str(work / "doctrees")]
+    return sphinx([*options, str(work / "source"), str(work / "html")])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,78 @@
+"""The source folder that Sphinx reads: a copy of each page at its place in the project, prepared for the book."""
+
+import json
+from pathlib import Path
+
+from bdlib.book import front, outputs, prose
+
+GLOSSARY = "notebooks/glossary.md"
+# Part of the table of contents -> its pages, in order: place in the project, title there ("": the page's own).
+PARTS = {
+    "Read": {
+        "notebooks/00_backdoors.ipynb": "",
+        "notebooks/01_linf_pruning.ipynb": "",
+        "notebooks/02_awm.ipynb": "",
+        "notebooks/03_rnp.ipynb": "",
+        "notebooks/04_cbd.ipynb": "",
+        "notebooks/05_ft_sam.ipynb": "",
+        "notebooks/06_all_five.ipynb": "",
+    },
+    "Look up": {GLOSSARY: "Glossary", "figures/README.md": "Which row was measured how"},
+    "Use": {
+        "README.md": "About, and how to use it",
+        "CLUSTER.md": "Many runs, many machines",
+        "CONTRIBUTING.md": "How to add a method",
+    },
+    "Teach": {"notebooks/teachers_guide.md": "Teacher's guide"},
+}
+
+
+def assemble(root: Path, source: Path) -> None:
+    """Fill `source` with the pages of the project at `root`, the files that they link to, and the first page."""
+    planned = [place for places in PARTS.values() for place in places]
+    present = [place for place in planned if (root / place).exists()]
+    for place in present:
+        (source / place).parent.mkdir(parents=True, exist_ok=True)
+        page = prose.Page(root=root, place=place, pages=frozenset(present), absent=frozenset(planned) - set(present))
+        write = notebook if place.endswith(".ipynb") else markdown
+        for linked in write(page, source / place):
+            copy(root / linked, source / linked)
+    contents = {
+        part: [(place, title) for place, title in places.items() if place in present] for part, places in PARTS.items()
+    }
+    (source / "index.md").write_text(front.page(root, contents), encoding="utf-8")
+
+
+def markdown(page: prose.Page, target: Path) -> list[str]:
+    """Write the prepared page; the places of the files that it links to."""
+    text, linked = prose.prepare((page.root / page.place).read_text(encoding="utf-8"), page)
+    if page.place == GLOSSARY:
+        text = prose.anchors_of_terms(text)
+    target.write_text(text, encoding="utf-8")
+    return linked
+
+
+def notebook(page: prose.Page, target: Path) -> list[str]:
+    """Write the prepared notebook, with the outputs that it is stored with; the places of the files that it links to."""
+    content = json.loads((page.root / page.place).read_text(encoding="utf-8"))
+    content["metadata"].pop("widgets", None)  # Sphinx would load a widget manager from the network
+    numbers, linked = prose.equation_numbers(page), []
+    for cell in content["cells"]:
+        text = "".join(cell["source"])
+        if cell["cell_type"] == "code":
+            cell["outputs"] = outputs.readable(cell["outputs"])
+            cell["metadata"]["tags"] = outputs.tags(cell["metadata"])
+        elif cell["cell_type"] == "markdown":
+            text, found = prose.prepare(text, page, numbers)
+            linked += found
+            if outputs.is_answer(cell["metadata"]):
+                text = prose.folded(text)
+        cell["source"] = text
+    target.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
+    return linked
+
+
+def copy(source: Path, target: Path) -> None:
+    """Copy one file, with the folders on its way."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(source.read_bytes())
