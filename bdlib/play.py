@@ -81,10 +81,10 @@ class View:
         """What the class of this number is here: "true class", "target label" or nothing; the target label where it is both."""
         return "target label" if number == self.wanted else "true class" if number == self.label else ""
 
-    def called(self, which: int) -> str:
-        """The class that the clean (0) or the triggered picture (1) is called, with its probability."""
+    def called(self, which: int) -> tuple[str, str]:
+        """The class that the clean (0) or the triggered picture (1) is called, and its probability: "circle bar", "99.9%"."""
         best = int(self.probabilities[which].argmax())
-        return f"{self.classes[best]}, {100 * self.probabilities[which, best]:.1f}%"
+        return self.classes[best], f"{100 * self.probabilities[which, best]:.1f}%"
 
 
 def panel(stage: Stage):
@@ -105,11 +105,11 @@ def panel(stage: Stage):
         size.disabled = trigger.value != "patch"
         shown.value = as_html(look(stage, number.value, trigger.value, size.value, strength.value))
 
-    controls = (trigger, strength, number, size)
+    controls = (trigger, number, strength, size)
     for control in controls:
         control.observe(draw, "value")
     draw()
-    box = widgets.HBox(controls, layout=widgets.Layout(flex_flow="row wrap"))
+    box = widgets.HBox(controls, layout=widgets.Layout(flex_flow="row wrap", max_width="46em"))  # two by two
     return widgets.VBox([box, shown]).add_class("bdlib-play")
 
 
@@ -197,28 +197,28 @@ def in_words(trigger: str, size: int, strength: float) -> str:
 
 def as_html(view: View) -> str:
     """Both pictures, enlarged, and a bar for each class: plain HTML, because that is drawn in a millisecond or two."""
-    pictures = (
-        ("clean image", f"true class: {view.classes[view.label]}", view.called(0)),
-        ("triggered image", f"target label: {view.classes[view.wanted]}", view.called(1)),
+    facts = (
+        ("clean image", f"true class: {view.classes[view.label]}"),
+        (view.trigger, f"target label: {view.classes[view.wanted]}"),
     )
-    left = "".join(_picture_html(view.pictures[k], *words) for k, words in enumerate(pictures))
+    left = "".join(_picture_html(view.pictures[k], *facts[k], *view.called(k)) for k in (0, 1))
     right = "".join(_bar_html(view, number) for number in range(len(view.classes)))
     return (
         '<div style="display:flex;flex-wrap:wrap;gap:1.5em;line-height:1.4">'
-        f'{left}<div style="flex:1 1 24em;min-width:0"><div>probability of each class, triggered image ({view.trigger})</div>'
+        f'{left}<div style="flex:1 1 24em;min-width:0"><div>probability of each class, triggered image</div>'
         '<div style="display:grid;grid-template-columns:max-content minmax(4em,1fr) max-content max-content;gap:2px .6em;'
         f'align-items:center;max-height:22em;overflow-y:auto">{right}</div></div></div>'
     )
 
 
-def _picture_html(picture: torch.Tensor, head: str, fact: str, called: str) -> str:
-    """A picture, uint8 (C, H, W), with a head above it, and below it a fact and what it is called."""
+def _picture_html(picture: torch.Tensor, head: str, fact: str, called: str, percent: str) -> str:
+    """A picture, uint8 (C, H, W), with a head above it, and below it a fact, what it is called and with which probability."""
     head, fact, called = (html.escape(text) for text in (head, fact, called))
     style = f"width:{ENLARGED}px;height:{ENLARGED}px;image-rendering:pixelated;display:block"
     source = f"data:image/png;base64,{base64.b64encode(_png(picture)).decode()}"
     return (
-        f'<div style="width:17em"><div>{head}</div><img style="{style}" alt="{head}, {fact}, called {called}" src="{source}">'
-        f"<div>{fact}</div><div>called <b>{called}</b></div></div>"
+        f'<div style="width:16em"><div>{head}</div><img style="{style}" alt="{head}; called {called}, {percent}" src="{source}">'
+        f"<div>{fact}</div><div>called <b>{called}</b></div><div>with probability {percent}</div></div>"
     )
 
 
@@ -249,9 +249,9 @@ def _png(picture: torch.Tensor) -> bytes:
     return file.getvalue()
 
 
-def _captioned(picture: torch.Tensor, ax: Axes, fact: str, called: str) -> None:
+def _captioned(picture: torch.Tensor, ax: Axes, fact: str, called: tuple[str, str]) -> None:
     """A picture (C, H, W) in [0, 1] with two lines above it, each broken where it would run into the next picture."""
-    lines = textwrap.wrap(fact, 36) + textwrap.wrap(f"called {called}", 36)
+    lines = textwrap.wrap(fact, 36) + textwrap.wrap(f"called {called[0]}, {called[1]}", 36)
     image_strip(picture[None], ax)
     ax.set_title("\n".join(lines), loc="left", fontsize=8)
 

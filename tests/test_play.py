@@ -94,7 +94,7 @@ def test_the_captions_name_true_class_target_label_and_what_each_picture_is_call
     assert "|true class: red|" in text and "|target label: green|" in text and "white square, 5 x 5 px" in text
     for picture in pictures:
         percent = expected(stage, picture)
-        assert f"|called|{stage.test.classes[percent.argmax()]}, {percent.max():.1f}%|" in text
+        assert f"|called|{stage.test.classes[percent.argmax()]}|with probability {percent.max():.1f}%|" in text
 
 
 def test_an_image_of_the_target_class_is_marked_as_both(panel):
@@ -192,9 +192,10 @@ def test_the_figure_shows_the_same_for_each_strength(stage):
             inner = torch.from_numpy(np.array(ax.images[0].get_array()))[1:-1, 1:-1].permute(2, 0, 1)
             assert torch.allclose(inner, to_float(picture))
         assert [bar.get_width() for bar in right.patches] == pytest.approx((100 * view.probabilities[1]).tolist())
-        assert view.called(1) in middle.get_title(loc="left") and {"true class", "target label"} <= {
-            text.get_text() for text in right.texts
-        }
+        assert "called {}, {}".format(*view.called(1)) in middle.get_title(loc="left") and {
+            "true class",
+            "target label",
+        } <= {text.get_text() for text in right.texts}
     plt.close(drawn)
 
 
