@@ -26,6 +26,9 @@ CONFIG = '''"""nbgrader's settings of this course; run nbgrader in this folder."
 import os
 from pathlib import Path
 
+from bdlib.grading import LimitCharacters
+from nbgrader.converters import Autograde
+
 c = get_config()  # noqa: F821 - nbgrader gives it
 course = Path(__file__).resolve().parent
 c.CourseDirectory.root = str(course)
@@ -38,6 +41,8 @@ c.ClearSolutions.code_stub = {
 # A graded cell has a minute; the others train and may need longer on a slow machine.
 c.Execute.timeout_func = lambda cell: 60 if "nbgrader" in cell.metadata else 900
 c.LimitOutput.max_lines = 200
+execute, *others = Autograde.class_traits()["autograde_preprocessors"].default()
+c.Autograde.autograde_preprocessors = [execute, LimitCharacters, *others]
 # What the kernels of autograde inherit: the models made by make student, one CPU core each.
 os.environ.setdefault("BDLIB_HOME", str(course.parent / "home"))
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -70,6 +70,7 @@ ALLOWED = {
     "schedule": {"grid", "job"},
     "live": set(),
     "exercises": set(),
+    "grading": set(),
     "play": {"data", "figures", "train", "triggers"},
     "coursework": {"files", "places"},
     "page": {"files", "grid", "results", "runs"},
