@@ -1,6 +1,7 @@
 """One run: checked parameters, separate random sources, a model trained once and the same twice, rows by the contract."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np

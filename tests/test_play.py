@@ -15,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from bdlib import play, poison
+from bdlib import play, poison, triggers
 from bdlib.data import to_float
 
 NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
@@ -29,6 +29,10 @@ def triggered(tiny):
 
 @pytest.fixture
 def stage(tiny, network, triggered):
+    with torch.no_grad():
+        network[
+            -1
+        ].weight *= 40  # so that pictures that differ a little are called differently, and with other probabilities
     return play.Stage(network, tiny, triggered.wanted, poison.Attack(name="blended", target_label=1).stamps().test)
 
 
@@ -92,9 +96,10 @@ def test_the_captions_name_true_class_target_label_and_what_each_picture_is_call
         "blue": "",
     }
     assert "|true class: red|" in text and "|target label: green|" in text and "white square, 5 x 5 px" in text
-    for picture in pictures:
+    assert not torch.allclose(expected(stage, pictures[0]), expected(stage, pictures[1]), atol=1)
+    for picture, caption in zip(pictures, text.split("|called|")[1:], strict=True):
         percent = expected(stage, picture)
-        assert f"|called|{stage.test.classes[percent.argmax()]}|with probability {percent.max():.1f}%|" in text
+        assert caption.startswith(f"{stage.test.classes[percent.argmax()]}|with probability {percent.max():.1f}%|")
 
 
 def test_an_image_of_the_target_class_is_marked_as_both(panel):
@@ -124,6 +129,15 @@ def test_patch_pixels(stage):
     assert torch.equal(stamped, clean)
 
 
+@pytest.mark.parametrize(
+    ("trigger", "change"),
+    [("signal", triggers.signal(0.15)), ("blended", triggers.blended(0.15, seed=1))],
+)
+def test_wave_and_noise_have_this_strength(stage, trigger, change):
+    clean, stamped = play.look(stage, 0, trigger, 3, 0.15).pictures
+    assert torch.equal(stamped, (change(to_float(clean[None]))[0] * 255).round().to(torch.uint8))
+
+
 def test_the_other_noise_is_not_the_attackers(stage):
     own = play.look(stage, 0, "own", 3, 1.0).pictures[1]
     assert not torch.equal(own, play.look(stage, 0, "blended", 3, 0.2).pictures[1])
@@ -131,7 +145,7 @@ def test_the_other_noise_is_not_the_attackers(stage):
 
 def test_the_size_is_the_patchs_alone(panel):
     size = panel.children[0].children[3]
-    assert size.disabled and size.max == 7  # of 8 pixels one is the margin
+    assert size.disabled and size.value == 3 and size.max == 7  # of 8 pixels one is the margin
     move(panel, trigger="patch")
     assert not size.disabled
     move(panel, trigger="signal")
@@ -192,10 +206,10 @@ def test_the_figure_shows_the_same_for_each_strength(stage):
             inner = torch.from_numpy(np.array(ax.images[0].get_array()))[1:-1, 1:-1].permute(2, 0, 1)
             assert torch.allclose(inner, to_float(picture))
         assert [bar.get_width() for bar in right.patches] == pytest.approx((100 * view.probabilities[1]).tolist())
-        assert "called {}, {}".format(*view.called(1)) in middle.get_title(loc="left") and {
-            "true class",
-            "target label",
-        } <= {text.get_text() for text in right.texts}
+        for which, ax in enumerate((left, middle)):
+            assert ax.get_title(loc="left").endswith("called {}, {}".format(*view.called(which)))
+        assert {"true class", "target label"} <= {text.get_text() for text in right.texts}
+    assert view.called(0) != view.called(1)
     plt.close(drawn)
 
 

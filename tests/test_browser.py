@@ -1,0 +1,405 @@
+"""What a reader sees, in headless Chromium: JupyterLab as `make lab` opens it, a notebook run by hand, the panel of 00, the book."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+import pytest
+
+from bdlib import places
+
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+
+ROOT = Path(__file__).parents[1]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+SCREENSHOTS = ROOT / "build" / "screenshots"
+MINUTE = 60_000  # milliseconds
+DESK, PHONE = {"width": 1400, "height": 1000}, {"width": 390, "height": 844}
+HERE = re.compile(r"https?://(127\.0\.0\.1|localhost)[:/]|data:|blob:")
+ERROR = '[data-mime-type="application/vnd.jupyter.error"]'
+DEAD = ("Error displaying widget", "Loading widget")
+PROMPTS = "[...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].map(e => e.textContent.trim())"
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser: neither chromium nor google-chrome is installed")
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_api.sync_playwright() as playwright:
+        # Chromium's sandbox does not work for root, nor in most containers.
+        started = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield started
+        started.close()
+
+
+@pytest.fixture
+def page(browser):
+    """An empty page of a desk's size; other hosts than this one are out of reach."""
+    opened = browser.new_page(viewport=DESK)
+    opened.route(lambda url: not HERE.match(url), lambda route: route.abort())
+    yield opened
+    opened.close()
+
+
+def screenshot(page, name):
+    """Keep what the page shows as build/screenshots/NAME.png."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    page.screenshot(path=SCREENSHOTS / f"{name}.png")
+
+
+# JupyterLab
+
+
+class Lab:
+    """A running JupyterLab: its address with the token, and what it opened in the browser by itself."""
+
+    def __init__(self, port: int, folder: Path):
+        self.address, self.folder = f"http://127.0.0.1:{port}", folder
+
+    def opened(self) -> str:
+        """The address that JupyterLab gave to the browser."""
+        return re.search(r'href="([^"]+)"', (self.folder / "opened.html").read_text()).group(1)
+
+    def notebook(self, name: str) -> str:
+        """The address of another notebook, in an empty workspace."""
+        return self.opened().replace("00_backdoors", name) + "&reset"
+
+    def end_kernels(self) -> None:
+        """Shut every kernel down: they hold memory."""
+        with urllib.request.urlopen(f"{self.address}/api/sessions?token=known", timeout=30) as answer:
+            for session in json.load(answer):
+                url = f"{self.address}/api/sessions/{session['id']}?token=known"
+                urllib.request.urlopen(urllib.request.Request(url, method="DELETE"), timeout=30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def lab_command() -> list[str]:
+    """What `make lab` runs after its `python -m`."""
+    recipe = re.search(r"^lab:.*\n\t\$\(PYTHON\) -m (.+)$", (ROOT / "Makefile").read_text(), re.M).group(1)
+    return [sys.executable, "-m", *shlex.split(recipe)]
+
+
+def copy_notebooks(folder: Path) -> None:
+    """The stored notebooks in folder/notebooks, and in folder/notebooks/empty the same without outputs."""
+    (folder / "notebooks" / "empty").mkdir(parents=True)
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        shutil.copy(path, folder / "notebooks")
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        for cell in stored["cells"]:
+            if cell["cell_type"] == "code":
+                cell.update(outputs=[], execution_count=None)
+        (folder / "notebooks" / "empty" / path.name).write_text(json.dumps(stored), encoding="utf-8")
+
+
+def lab_environment(folder: Path) -> dict[str, str]:
+    """Ours, with Jupyter's and IPython's folders in this one, a "browser" that keeps what it is given, and settings for a test."""
+    own = ("CONFIG_DIR", "DATA_DIR", "RUNTIME_DIR")
+    jupyter = {f"JUPYTER_{name}": str(folder / name) for name in own} | {"IPYTHONDIR": str(folder / "ipython")}
+    jupyter |= {f"JUPYTERLAB_{name}_DIR": str(folder / name) for name in ("SETTINGS", "WORKSPACES")}
+    settings = {
+        "notebook-extension/tracker": {"windowingMode": "none"},  # every cell is in the page, in sight or not
+        "apputils-extension/notification": {"fetchNews": "false", "checkForUpdates": False},
+    }
+    for name, values in settings.items():
+        path = folder / "SETTINGS" / "@jupyterlab" / f"{name}.jupyterlab-settings"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(values))
+    keep = folder / "browser.sh"
+    keep.write_text(f'#!/bin/sh\ncp "${{1#file://}}" {folder}/part && mv {folder}/part {folder}/opened.html\n')
+    keep.chmod(0o755)
+    return os.environ | jupyter | {"PYTHONPATH": places.python_path(), "BROWSER": f"{keep} %s"}
+
+
+@contextmanager
+def running(command: list[str], folder: Path, ready: Path):
+    """The command in this folder, its output in folder/log.txt, from the time that the file `ready` is there; ended in any case."""
+    with (folder / "log.txt").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env=lab_environment(folder),
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while not ready.exists():
+            assert process.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()[-4000:]
+            time.sleep(0.2)
+        yield
+    finally:
+        os.killpg(process.pid, signal.SIGTERM)
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait(10)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    """JupyterLab by the command of `make lab`, on a copy of the notebooks; kernels find bdlib and the store as any process here."""
+    folder, port = tmp_path_factory.mktemp("lab"), free_port()
+    copy_notebooks(folder)
+    options = [f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=known", "--allow-root"]
+    with running([*lab_command(), *options], folder, folder / "opened.html"):
+        yield Lab(port, folder)
+
+
+@pytest.fixture
+def lab(server):
+    yield server
+    server.end_kernels()
+
+
+def open_notebook(page, address):
+    """Open a notebook in JupyterLab and wait until its kernel is there."""
+    page.goto(address)
+    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=2 * MINUTE)
+
+
+def choose(page, menu, item):
+    """Click on an item of one of JupyterLab's menus."""
+    page.get_by_role("menuitem", name=menu, exact=True).click()
+    page.get_by_role("menuitem", name=item, exact=True).click()
+
+
+def wait_for_cell(page, number, timeout):
+    """Wait until the code cell at this position has an execution number, or any cell has failed."""
+    done = f"() => /^\\[\\d+\\]/.test({PROMPTS}.at({number})) || document.querySelector('{ERROR}')"
+    page.wait_for_function(done, timeout=timeout)
+
+
+def pictures(page):
+    """Width in pixels of each figure below a cell."""
+    return page.evaluate("[...document.querySelectorAll('.jp-OutputArea-output img')].map(e => e.naturalWidth)")
+
+
+def stored_pictures(name):
+    """How many figures a stored notebook has."""
+    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
+    return sum("image/png" in output.get("data", {}) for cell in cells for output in cell.get("outputs", []))
+
+
+def test_make_lab_opens_on_00_beside_the_other_notebooks(lab, page):
+    open_notebook(page, lab.opened())
+    assert page.title().startswith("00_backdoors")
+    beside = page.locator(".jp-DirListing-itemText").all_inner_texts()
+    assert [name for name in beside if name.endswith(".ipynb")] == sorted(
+        path.name for path in (ROOT / "notebooks").glob("*.ipynb")
+    )
+    screenshot(page, "make_lab")
+
+
+def test_run_all_of_02_ends_without_an_error_and_shows_its_figures(lab, page):
+    open_notebook(page, lab.notebook("empty/02_awm"))
+    assert not pictures(page) and set(page.evaluate(PROMPTS)) == {"[ ]:"}
+    choose(page, "Run", "Run All Cells")
+    wait_for_cell(page, -1, 20 * MINUTE)  # two on two idle cores
+    screenshot(page, "02_awm_last_cell")
+    assert page.locator(ERROR).all_inner_texts() == []
+    prompts = page.evaluate(PROMPTS)
+    assert prompts == [f"[{number}]:" for number in range(1, len(prompts) + 1)]
+    assert len(pictures(page)) == stored_pictures("02_awm") > 0 and min(pictures(page)) > 0
+    page.locator(".jp-OutputArea-output img").last.scroll_into_view_if_needed()
+    screenshot(page, "02_awm_last_figure")
+
+
+def test_moving_a_slider_of_the_panel_changes_what_is_shown(lab, page):
+    open_notebook(page, lab.notebook("empty/00_backdoors"))
+    cells = page.locator(".jp-CodeCell")
+    number = next(k for k, text in enumerate(cells.all_inner_texts()) if "play.show(" in text)
+    editor = cells.nth(number).locator(".jp-InputArea-editor")
+    editor.click()
+    choose(page, "Run", "Run All Above Selected Cell")
+    editor.click()
+    page.keyboard.press("Control+Enter")
+    wait_for_cell(page, number, 10 * MINUTE)
+    assert page.locator(ERROR).all_inner_texts() == []
+    panel = page.locator(".bdlib-play")
+    panel.scroll_into_view_if_needed()
+    screenshot(page, "panel_full_strength")
+    clean, triggered = panel.locator("img").all()
+    assert "called circle bar" in triggered.get_attribute("alt") and "called circle bar" not in clean.get_attribute(
+        "alt"
+    )
+    full = triggered.get_attribute("src")
+    strength = panel.locator(".widget-slider", has_text="strength").locator(".noUi-handle")
+    strength.press("ArrowLeft")
+    expect = sync_api.expect
+    expect(panel).to_contain_text("95% of it")
+    expect(triggered).not_to_have_attribute("src", full)
+    strength.press("Home")
+    expect(panel).to_contain_text("0% of it")
+    expect(triggered).to_have_attribute("src", clean.get_attribute("src"))
+    assert "called circle bar" not in triggered.get_attribute("alt")
+    screenshot(page, "panel_strength_0")
+
+
+def test_the_stored_00_shows_the_static_figure_and_no_dead_widget(lab, page):
+    open_notebook(page, lab.notebook("00_backdoors"))
+    cells = page.locator(".jp-CodeCell")
+    figure = cells.filter(has_text="play.figure(").locator(".jp-OutputArea-output img")
+    figure.scroll_into_view_if_needed()
+    assert figure.evaluate("e => e.naturalWidth") > 500
+    assert len(pictures(page)) == stored_pictures("00_backdoors") and min(pictures(page)) > 0
+    assert "Live in JupyterLab" in cells.filter(has_text="play.show(").inner_text()
+    assert not [text for text in DEAD if text in page.locator(".jp-Notebook").inner_text()]
+    screenshot(page, "00_stored")
+
+
+# The book
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    """Serves files and says nothing."""
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def book(tmp_path_factory):
+    """The folder of the book, built from the stored notebooks."""
+    folder = tmp_path_factory.mktemp("book")
+    subprocess.run([sys.executable, "-m", "bdlib.book", "--out", str(folder)], cwd=ROOT, check=True, timeout=600)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pages(book):
+    """The address of every page of the book."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=book))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    start = f"http://127.0.0.1:{server.server_port}/"
+    yield [start + path.relative_to(book).as_posix() for path in sorted(book.rglob("*.html"))]
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def complaints(page):
+    """What goes wrong while pages load, a line each: console errors, exceptions, requests that fail or go elsewhere."""
+    found = []
+    page.on("console", lambda message: message.type == "error" and found.append(f"{page.url}: console: {message.text}"))
+    page.on("pageerror", lambda error: found.append(f"{page.url}: {error}"))
+    page.on("requestfailed", lambda request: found.append(f"{page.url}: {request.url} {request.failure}"))
+    page.on(
+        "response", lambda answer: answer.status >= 400 and found.append(f"{page.url}: {answer.url} {answer.status}")
+    )
+    return found
+
+
+# Images that load only when they come into sight are told to load; resolves to the addresses of those that cannot be shown.
+BROKEN_IMAGES = """async () => {
+  const images = [...document.images];
+  images.forEach(image => image.loading = 'eager');
+  await Promise.all(images.map(image => image.decode().catch(() => 0)));
+  return images.filter(image => !image.naturalWidth).map(image => image.src);
+}"""
+# Text of a page that a reader sees as TeX: not in code, and not what the renderer keeps for copying.
+RAW_TEX = r"""() => {
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT), found = [];
+  for (let node; (node = walker.nextNode());)
+    if (/\$\$|\$[^\s$][^$]*\$|\\(frac|mathcal|ell|odot|delta|begin|text|max)\b|\\[(\[]/.test(node.data)
+        && !node.parentElement.closest('pre, code, script, style, math, mjx-container, .katex'))
+      found.push(node.data.trim().slice(0, 80));
+  return found;
+}"""
+FORMULAS = "mjx-container, .katex, math"
+LINKS = "[...document.querySelectorAll('a[href]')].map(e => e.href)"
+IDS = "[...document.querySelectorAll('[id]')].map(e => e.id)"
+# Pixels by which the text is wider than a box around it that scrolls or cuts, up to the window: nobody should move it sideways.
+OVERFLOW = """() => {
+  const wider = [document.documentElement.scrollWidth - innerWidth];
+  for (let box = document.querySelector('article'); box; box = box.parentElement)
+    if (getComputedStyle(box).overflowX !== 'visible') wider.push(box.scrollWidth - box.clientWidth);
+  return Math.max(...wider);
+}"""
+
+
+def test_every_page_of_the_book_loads_whole(pages, page, complaints):
+    for address in pages:
+        page.goto(address, wait_until="networkidle")
+        complaints += [f"{address}: image {source}" for source in page.evaluate(BROKEN_IMAGES)]
+    assert complaints == [] and len(pages) > len(list((ROOT / "notebooks").glob("*.ipynb")))
+
+
+def test_no_link_of_the_book_leads_nowhere(pages, page):
+    links, ids = {}, {}
+    for address in pages:
+        page.goto(address)
+        links[address], ids[address] = page.evaluate(LINKS), set(page.evaluate(IDS))
+    start = pages[0][: pages[0].index("/", len("http://")) + 1]
+    dead = []
+    for address, targets in links.items():
+        for target in (target for target in targets if target.startswith(start)):
+            place, anchor = urldefrag(target)
+            place += "index.html" if place.endswith("/") else ""
+            gone = anchor and unquote(anchor) not in ids.get(place, ()) if place in ids else not answers(place)
+            dead += [f"{address}: {target}"] if gone else []
+    assert dead == [] and sum(map(len, links.values())) > 100
+
+
+def answers(address: str) -> bool:
+    """Whether there is something at this address."""
+    try:
+        with urllib.request.urlopen(address, timeout=10):
+            return True
+    except urllib.error.HTTPError:
+        return False
+
+
+def test_mathematics_is_rendered(pages, page):
+    raw, rendered = [], {}
+    for address in pages:
+        page.goto(address, wait_until="networkidle")
+        raw += [f"{address}: {text}" for text in page.evaluate(RAW_TEX)]
+        rendered[address] = page.locator(FORMULAS).count()
+    assert raw == []
+    for path in (ROOT / "notebooks").glob("0[0-5]*.ipynb"):
+        assert max(count for address, count in rendered.items() if path.stem in address) > 0, path.stem
+
+
+@pytest.mark.parametrize(("size", "scheme"), [(DESK, "dark"), (PHONE, "light"), (PHONE, "dark")])
+def test_no_page_is_wider_than_the_screen(pages, page, size, scheme):
+    page.set_viewport_size(size)
+    page.emulate_media(color_scheme=scheme)
+    wide = {}
+    for address in pages:
+        page.goto(address, wait_until="networkidle")
+        wide[address] = page.evaluate(OVERFLOW)
+        if address.endswith(("/index.html", "/02_awm.html")):
+            screenshot(page, f"book_{Path(address).stem}_{size['width']}_{scheme}")
+    assert {address: pixels for address, pixels in wide.items() if pixels > 0} == {}
+
+
+def test_dark_mode_is_dark(pages, page):
+    page.goto(next(address for address in pages if address.endswith("02_awm.html")))
+    brightness = {}
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        brightness[scheme] = max(map(int, re.findall(r"\d+", color)[:3]))
+    assert brightness["dark"] < 60 and brightness["light"] > 200
