@@ -196,14 +196,15 @@ def in_words(trigger: str, size: int, strength: float) -> str:
 
 
 def as_html(view: View) -> str:
-    """Both pictures, enlarged, and a bar for each class: plain HTML, because that is drawn in a millisecond or two."""
+    """The trigger in words, both pictures, enlarged, and a bar for each class: plain HTML, drawn in a millisecond or two."""
     facts = (
         ("clean image", f"true class: {view.classes[view.label]}"),
-        (view.trigger, f"target label: {view.classes[view.wanted]}"),
+        ("triggered image", f"target label: {view.classes[view.wanted]}"),
     )
     left = "".join(_picture_html(view.pictures[k], *facts[k], *view.called(k)) for k in (0, 1))
     right = "".join(_bar_html(view, number) for number in range(len(view.classes)))
     return (
+        f'<div style="line-height:1.4"><i>{html.escape(view.trigger)}</i></div>'
         '<div style="display:flex;flex-wrap:wrap;gap:1.5em;line-height:1.4">'
         f'{left}<div style="flex:1 1 24em;min-width:0"><div>probability of each class, triggered image</div>'
         '<div style="display:grid;grid-template-columns:max-content minmax(4em,1fr) max-content max-content;gap:2px .6em;'
@@ -231,7 +232,8 @@ def _bar_html(view: View, number: int) -> str:
         f'<span style="{weight}text-align:right">{html.escape(view.classes[number])}</span>'
         f'<span style="background:{track};height:.9em"><span style="display:block;height:100%;width:{percent:.2f}%;'
         f'background:{color}"></span></span>'
-        f'<span style="text-align:right">{percent:.1f}%</span><span style="{weight}color:{color}">{_mark(view, number)}</span>'
+        f'<span style="text-align:right;min-width:3.6em">{percent:.1f}%</span>'
+        f'<span style="{weight}color:{color}">{_mark(view, number)}</span>'
     )
 
 
