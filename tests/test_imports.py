@@ -108,9 +108,9 @@ def test_the_rules_have_no_circle():
 
 
 def test_only_light_packages_are_needed_to_import():
-    """bdlib can be imported where only torch, torchvision, numpy, pandas, matplotlib and seaborn are."""
+    """bdlib can be imported where only torch, torchvision, numpy, pandas, matplotlib and seaborn are; `grading` by nbgrader alone."""
     light = {"torch", "torchvision", "numpy", "pandas", "matplotlib", "seaborn", "bdlib"}
-    for path in FILES:
+    for path in (path for path in FILES if path.stem != "grading"):
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             names = (
                 [alias.name for alias in node.names]
