@@ -38,8 +38,8 @@ c.ClearSolutions.code_stub = {
     "from bdlib.exercises import NotSolved\\n"
     "raise NotSolved"
 }
-# A graded cell has a minute; the others train and may need longer on a slow machine.
-c.Execute.timeout_func = lambda cell: 60 if "nbgrader" in cell.metadata else 900
+# A graded cell has two minutes; the others train and may need longer on a slow machine.
+c.Execute.timeout_func = lambda cell: 120 if "nbgrader" in cell.metadata else 900
 c.LimitOutput.max_lines = 200
 execute, *others = Autograde.class_traits()["autograde_preprocessors"].default()
 c.Autograde.autograde_preprocessors = [execute, LimitCharacters, *others]
