@@ -31,7 +31,8 @@ SCREENSHOTS = ROOT / "build" / "screenshots"
 MINUTE = 60_000  # milliseconds
 DESK, PHONE = {"width": 1400, "height": 1000}, {"width": 390, "height": 844}
 HERE = re.compile(r"https?://(127\.0\.0\.1|localhost)[:/]|data:|blob:")
-ERROR = '[data-mime-type="application/vnd.jupyter.error"]'
+# What JupyterLab 4 draws errors as, and what a cell writes to standard error: no cell should do that either.
+ERROR = '[data-mime-type="application/vnd.jupyter.error"], [data-mime-type="application/vnd.jupyter.stderr"]'
 DEAD = ("Error displaying widget", "Loading widget")
 PROMPTS = "[...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].map(e => e.textContent.trim())"
 
@@ -184,7 +185,7 @@ def open_notebook(page, address):
     page.goto(address)
     page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=2 * MINUTE)
     count = len(stored_cells(re.search(r"(\w+)\.ipynb", address).group(1)))
-    page.wait_for_function(f"{PROMPTS}.length === {count}", timeout=MINUTE)
+    page.wait_for_function(f"() => {PROMPTS}.length === {count}", timeout=MINUTE, polling=500)
 
 
 def choose(page, menu, item):
@@ -196,7 +197,7 @@ def choose(page, menu, item):
 def wait_for_cell(page, number, timeout):
     """Wait until the code cell at this position has an execution number, or any cell has failed."""
     done = f"() => /^\\[\\d+\\]/.test({PROMPTS}.at({number})) || document.querySelector('{ERROR}')"
-    page.wait_for_function(done, timeout=timeout)
+    page.wait_for_function(done, timeout=timeout, polling=500)  # an idle page draws no frames to look at
 
 
 def pictures(page):
