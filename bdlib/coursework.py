@@ -15,12 +15,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+from bdlib import names
 from bdlib.files import write_atomic
 from bdlib.places import project_root, python_path
 
-PAPERS = ("01_linf_pruning", "02_awm", "03_rnp", "04_cbd", "05_ft_sam")
+PAPERS = tuple(name for name, paper in names.PAPERS.items() if paper != "-")
 CONFIG = '''"""nbgrader's settings of this course; run nbgrader in this folder."""
 
 import os
@@ -51,13 +53,14 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse(arguments)
+    course, students = options.out / "course", options.out / "notebooks"
+    students.mkdir(parents=True, exist_ok=True)
+    write_text(course / "nbgrader_config.py", CONFIG)
     for name in options.only:
-        write_source(project_root() / "notebooks" / f"{name}.ipynb", options.out / "course")
-    generate(options.out / "course", options.only)
-    (options.out / "notebooks").mkdir(exist_ok=True)
-    for name in options.only:
-        shutil.copy(options.out / "course" / "release" / name / f"{name}.ipynb", options.out / "notebooks")
-    print(f"student versions: {options.out / 'notebooks'}   nbgrader course: {options.out / 'course'}")
+        write_source(project_root() / "notebooks" / f"{name}.ipynb", course)
+        nbgrader(course, "generate_assignment", name, "--create", "--force")
+        shutil.copy(course / "release" / name / f"{name}.ipynb", students)
+    print(f"student versions: {students}   nbgrader course: {course}")
     if not options.without_models:
         for name in options.only:
             solve(name, options.out)
@@ -98,9 +101,7 @@ def write_source(notebook: Path, course: Path) -> None:
             cell["source"] = re.sub(r"(?<!!)\[([^\]]+)\]\((?!https?:)[^)]*\)", r"\1", text)
         cells += [cell, *expected(cell)]
     whole["cells"] = cells
-    (course / "source" / notebook.stem).mkdir(parents=True, exist_ok=True)
     write_text(course / "source" / notebook.stem / notebook.name, json.dumps(whole, indent=1, ensure_ascii=False))
-    write_text(course / "nbgrader_config.py", CONFIG)
 
 
 def expected(cell: dict) -> list[dict]:
@@ -124,24 +125,17 @@ def expected(cell: dict) -> list[dict]:
     ]
 
 
-def exercise_texts(cells: list[dict]) -> list[str]:
-    """The texts of a notebook from the one before the first graded cell to the last of them; none where nothing is graded."""
-    graded = [index for index, cell in enumerate(cells) if "nbgrader" in cell["metadata"]]
-    part = cells[graded[0] - 1 : graded[-1]] if graded else []
-    return ["".join(cell["source"]) for cell in part if cell["cell_type"] == "markdown"]
-
-
-def generate(course: Path, names: list[str]) -> None:
-    """Let nbgrader write the release version of these assignments.  Raises RuntimeError with its words if it does not."""
-    # nbgrader calls alembic by its name, which is beside this Python whether or not the environment is activated.
+def nbgrader(course: Path, *arguments: str, timeout: float | None = None) -> None:
+    """Call nbgrader in the course's folder, as a teacher does.  Raises RuntimeError with its words if it fails."""
+    # It calls alembic by its name, which is beside this Python whether or not the environment is activated.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    for name in names:
-        command = [sys.executable, "-m", "nbgrader", "generate_assignment", name, "--create", "--force"]
-        done = subprocess.run(
-            command, cwd=course, env=os.environ | {"PATH": path}, capture_output=True, text=True, check=False
-        )
-        if done.returncode:
-            raise RuntimeError(f"nbgrader did not make the student version of {name}: {done.stderr[-2000:]}")
+    environment = os.environ | {"PATH": path, "PYTHONPATH": python_path()}
+    command = [sys.executable, "-m", "nbgrader", *arguments]
+    done = subprocess.run(
+        command, cwd=course, env=environment, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(f"nbgrader {arguments[0]} failed: {done.stderr[-3000:]}")
 
 
 def solve(name: str, out: Path) -> None:
@@ -150,16 +144,13 @@ def solve(name: str, out: Path) -> None:
     import papermill
 
     notebook, solved = project_root() / "notebooks" / f"{name}.ipynb", out / "solutions" / f"{name}.ipynb"
-    work = out / "work" / name
-    work.mkdir(parents=True, exist_ok=True)
-    solved.parent.mkdir(exist_ok=True)
     if solved.exists() and code(nbformat.read(solved, 4)) == code(nbformat.read(notebook, 4)):
         return
     os.environ |= {"BDLIB_HOME": str(out / "home"), "PYTHONPATH": python_path()}
     print(f"{name}: executing the solutions, training what they need")
-    executed = papermill.execute_notebook(str(notebook), None, cwd=str(work))
+    with tempfile.TemporaryDirectory() as work:
+        executed = papermill.execute_notebook(str(notebook), None, cwd=work)
     write_text(solved, nbformat.writes(executed))
-    shutil.rmtree(out / "work")
 
 
 def code(notebook: object) -> list[str]:

@@ -1,9 +1,12 @@
 """Figures: each function takes a tidy table (or images) and an Axes, draws, and returns the Axes."""
 
+import base64
+import io
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 import torch
@@ -63,6 +66,15 @@ def image_strip(images: torch.Tensor, ax: Axes, title: str = "") -> Axes:
     ax.set_axis_off()
     ax.set_title(title, loc="left", fontsize=10)
     return ax
+
+
+def data_address(picture: torch.Tensor) -> str:
+    """A PNG of the picture, uint8 (C, H, W), at its own size, inside a data: address for HTML."""
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy().squeeze())).save(file, format="PNG")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def gallery(rows: list[tuple[str, dict[str, torch.Tensor], dict[str, object]]]) -> Figure:

@@ -3,14 +3,11 @@
 `panel` is live, sliders and all; `figure` shows the same for a few strengths where no kernel runs.
 """
 
-import base64
 import html
-import io
 import textwrap
 from dataclasses import dataclass
 
 import matplotlib.pyplot as plt
-import numpy as np
 import seaborn as sns
 import torch
 from matplotlib.axes import Axes
@@ -19,7 +16,7 @@ from torch import nn
 
 from bdlib import triggers
 from bdlib.data import Dataset, to_float
-from bdlib.figures import image_strip
+from bdlib.figures import data_address, image_strip
 from bdlib.train import evaluating
 
 TRIGGERS = {
@@ -216,7 +213,7 @@ def _picture_html(picture: torch.Tensor, head: str, fact: str, called: str, perc
     """A picture, uint8 (C, H, W), with a head above it, and below it a fact, what it is called and with which probability."""
     head, fact, called = (html.escape(text) for text in (head, fact, called))
     style = f"width:{ENLARGED}px;height:{ENLARGED}px;image-rendering:pixelated;display:block"
-    source = f"data:image/png;base64,{base64.b64encode(_png(picture)).decode()}"
+    source = data_address(picture)
     return (
         f'<div style="width:16em"><div>{head}</div><img style="{style}" alt="{head}; called {called}, {percent}" src="{source}">'
         f"<div>{fact}</div><div>called <b>{called}</b></div><div>with probability {percent}</div></div>"
@@ -240,15 +237,6 @@ def _bar_html(view: View, number: int) -> str:
 def _mark(view: View, number: int) -> str:
     """The role of a class in words, also where it has both."""
     return "true class = target label" if number == view.label == view.wanted else view.role(number)
-
-
-def _png(picture: torch.Tensor) -> bytes:
-    """A picture, uint8 (C, H, W), as a PNG file of its own size."""
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(np.ascontiguousarray(picture.permute(1, 2, 0).numpy().squeeze())).save(file, format="PNG")
-    return file.getvalue()
 
 
 def _captioned(picture: torch.Tensor, ax: Axes, fact: str, called: tuple[str, str]) -> None:

@@ -43,7 +43,9 @@ def fetch(folder: Path, fields: dict, make: Callable[[], nn.Module]) -> Artifact
     if found := _read(folder, name):
         return found
     if on_disk(folder) and folder.exists() and not os.access(folder, os.W_OK):
-        raise PermissionError(f"model {name} is not in {folder}, which cannot be written; BDLIB_HOME names another place")
+        raise PermissionError(
+            f"model {name} is not in {folder}, which cannot be written; BDLIB_HOME names another place"
+        )
     waiting = functools.partial(log.warning, "another process is making model %s: waiting for it", name)
     with locks.hold(folder / f"{name}.lock", waiting):
         return _read(folder, name) or _write(folder, name, fields, make())

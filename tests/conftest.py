@@ -1,12 +1,15 @@
-"""Small fixtures: a dataset with three batches an epoch, a network with every kind of layer, a random source."""
+"""Small fixtures: a dataset with three batches an epoch, a network with every kind of layer, a random source; the book, built once."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import nn
 
 from bdlib.data import Dataset
+from tests.stored import ROOT
 
 torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
 
@@ -73,6 +76,14 @@ def bucket(s3, request):
     found = UPath(f"s3://{abs(hash(request.node.nodeid))}", use_listings_cache=False)
     found.fs.mkdir(found.path)
     return found
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """The book, built once: the finished process, and the folder of the site."""
+    out = tmp_path_factory.mktemp("site") / "book"
+    command = [sys.executable, "-m", "bdlib.book", "--out", str(out)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False), out
 
 
 @pytest.fixture

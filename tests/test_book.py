@@ -1,9 +1,6 @@
 """The book: built once from the stored notebooks, then every page, link, figure and equation of it is looked at."""
 
-import json
 import re
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -13,10 +10,8 @@ import pytest
 from bs4 import BeautifulSoup
 
 from bdlib.book import front, glossary, outputs, prose
-from bdlib.places import project_root
+from tests.stored import NOTEBOOKS, ROOT, cells, figures, source
 
-ROOT = project_root()
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MB = 1_000_000
 LOADED = {
     "script": "src",
@@ -27,14 +22,6 @@ LOADED = {
     "audio": "src",
     "embed": "src",
 }
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    """The finished process, and the folder of the site."""
-    out = tmp_path_factory.mktemp("site") / "book"
-    command = [sys.executable, "-m", "bdlib.book", "--out", str(out)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False), out
 
 
 @pytest.fixture(scope="session")
@@ -49,14 +36,6 @@ def book(built):
 
 def page(book, name: str) -> BeautifulSoup:
     return next(tree for file, tree in book.items() if file.name == f"{name}.html")
-
-
-def cells(notebook: Path, kind: str) -> list[dict]:
-    return [cell for cell in json.loads(notebook.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == kind]
-
-
-def draws(cell: dict) -> bool:
-    return any("image/png" in output.get("data", {}) for output in cell["outputs"])
 
 
 def loads(tree: BeautifulSoup) -> list[str]:
@@ -133,21 +112,21 @@ def test_every_link_leads_somewhere(book):
 
 
 def test_every_figure_has_a_text(book):
-    figures = [(file.name, img) for file, tree in book.items() for img in tree.find_all("img")]
-    assert len(figures) >= 40
-    assert [(name, img["src"][:80]) for name, img in figures if not img.get("alt", "").strip()] == []
-    assert [name for name, img in figures if "(1) " in img["alt"] or "_images/" in img["alt"]] == []
+    images = [(file.name, img) for file, tree in book.items() for img in tree.find_all("img")]
+    assert len(images) >= 40
+    assert [(name, img["src"][:80]) for name, img in images if not img.get("alt", "").strip()] == []
+    assert [name for name, img in images if "(1) " in img["alt"] or "_images/" in img["alt"]] == []
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_cell_that_draws_has_a_text(notebook):
-    drawing = [cell for cell in cells(notebook, "code") if draws(cell)]
+    drawing = [cell for cell in cells(notebook, "code") if figures(cell)]
     assert drawing
-    without = ["".join(cell["source"])[:60] for cell in drawing if not alt(cell)]
+    without = [source(cell)[:60] for cell in drawing if not alt(cell)]
     assert without == []
     for cell in drawing:
-        figures = sum("image/png" in output.get("data", {}) for output in cell["outputs"])
-        assert len(re.findall(r"\(\d\) ", alt(cell))) == (figures if figures > 1 else 0)
+        count = len(figures(cell))
+        assert len(re.findall(r"\(\d\) ", alt(cell))) == (count if count > 1 else 0)
 
 
 def alt(cell: dict) -> str:
@@ -157,7 +136,7 @@ def alt(cell: dict) -> str:
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_code_cell_can_be_folded(book, notebook):
     inputs = page(book, notebook.stem).select("div.cell_input")
-    assert len(inputs) == len([cell for cell in cells(notebook, "code") if "".join(cell["source"]).strip()])
+    assert len(inputs) == len([cell for cell in cells(notebook, "code") if source(cell).strip()])
     for shown in inputs:
         fold = shown.find("details")
         assert fold.find("summary") and fold.find("pre")
@@ -167,7 +146,7 @@ def test_every_code_cell_can_be_folded(book, notebook):
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
 def test_every_equation_is_there_with_its_number(book, notebook):
-    text = "\n\n".join("".join(cell["source"]) for cell in cells(notebook, "markdown"))
+    text = "\n\n".join(source(cell) for cell in cells(notebook, "markdown"))
     equations = re.findall(r"\$\$(.+?)\$\$", text, re.DOTALL)
     chapter, tree = int(notebook.name[:2]), page(book, notebook.stem)
     assert len(tree.select("div.math")) == len(equations)

@@ -23,10 +23,10 @@ import nbformat.sign
 import pytest
 
 from bdlib import places
+from tests.stored import NOTEBOOKS, ROOT, cells, figures, source
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
-ROOT = Path(__file__).parents[1]
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 SCREENSHOTS = ROOT / "build" / "screenshots"
 MINUTE = 60_000  # milliseconds
@@ -104,7 +104,7 @@ def lab_command() -> list[str]:
 def copy_notebooks(folder: Path) -> None:
     """The stored notebooks in folder/notebooks, and in folder/notebooks/empty the same without outputs."""
     (folder / "notebooks" / "empty").mkdir(parents=True)
-    for path in (ROOT / "notebooks").glob("*.ipynb"):
+    for path in NOTEBOOKS:
         shutil.copy(path, folder / "notebooks")
         stored = json.loads(path.read_text(encoding="utf-8"))
         for cell in stored["cells"]:
@@ -177,8 +177,7 @@ def lab(server):
 
 def stored_cells(name):
     """The code cells of a stored notebook."""
-    cells = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text(encoding="utf-8"))["cells"]
-    return [cell for cell in cells if cell["cell_type"] == "code"]
+    return cells(ROOT / "notebooks" / f"{name}.ipynb", "code")
 
 
 def open_notebook(page, address):
@@ -208,16 +207,14 @@ def pictures(page):
 
 def stored_pictures(name):
     """How many figures a stored notebook has."""
-    return sum("image/png" in output.get("data", {}) for cell in stored_cells(name) for output in cell["outputs"])
+    return sum(len(figures(cell)) for cell in stored_cells(name))
 
 
 def test_make_lab_opens_on_00_beside_the_other_notebooks(lab, page):
     open_notebook(page, lab.opened())
     assert page.title().startswith("00_backdoors")
     beside = page.locator(".jp-DirListing-itemText").all_inner_texts()
-    assert [name for name in beside if name.endswith(".ipynb")] == sorted(
-        path.name for path in (ROOT / "notebooks").glob("*.ipynb")
-    )
+    assert [name for name in beside if name.endswith(".ipynb")] == sorted(path.name for path in NOTEBOOKS)
     screenshot(page, "make_lab")
 
 
@@ -237,11 +234,15 @@ def test_run_all_of_02_ends_without_an_error_and_shows_its_figures(lab, page):
 
 def test_moving_a_slider_of_the_panel_changes_what_is_shown(lab, page):
     open_notebook(page, lab.notebook("empty/00_backdoors"))
-    number = next(k for k, cell in enumerate(stored_cells("00_backdoors")) if "play.show(" in "".join(cell["source"]))
-    editor = page.locator(".jp-CodeCell").nth(number).locator(".jp-InputArea-editor")
+    number = next(k for k, cell in enumerate(stored_cells("00_backdoors")) if "play.show(" in source(cell))
+    cell, expect = page.locator(".jp-CodeCell").nth(number), sync_api.expect
+    editor = cell.locator(".jp-InputArea-editor")
     editor.click()
+    expect(cell).to_have_class(re.compile("jp-mod-active"))  # or "above" may mean above another cell
     choose(page, "Run", "Run All Above Selected Cell")
+    wait_for_cell(page, number - 1, 10 * MINUTE)
     editor.click()
+    expect(cell).to_have_class(re.compile("jp-mod-active"))
     page.keyboard.press("Control+Enter")
     wait_for_cell(page, number, 10 * MINUTE)
     assert page.locator(ERROR).all_inner_texts() == []
@@ -255,7 +256,6 @@ def test_moving_a_slider_of_the_panel_changes_what_is_shown(lab, page):
     full = triggered.get_attribute("src")
     strength = panel.locator(".widget-slider", has_text="strength").locator(".noUi-handle")
     strength.press("ArrowLeft")
-    expect = sync_api.expect
     expect(panel).to_contain_text("95% of it")
     expect(triggered).not_to_have_attribute("src", full)
     strength.press("Home")
@@ -298,10 +298,10 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def book(tmp_path_factory):
+def book(built):
     """The folder of the book, built from the stored notebooks."""
-    folder = tmp_path_factory.mktemp("book")
-    subprocess.run([sys.executable, "-m", "bdlib.book", "--out", str(folder)], cwd=ROOT, check=True, timeout=600)
+    process, folder = built
+    assert process.returncode == 0, process.stderr
     return folder
 
 
@@ -361,7 +361,7 @@ def test_every_page_of_the_book_loads_whole(pages, page, complaints):
     for address in pages:
         page.goto(address, wait_until="networkidle")
         complaints += [f"{address}: image {source}" for source in page.evaluate(BROKEN_IMAGES)]
-    assert complaints == [] and len(pages) > len(list((ROOT / "notebooks").glob("*.ipynb")))
+    assert complaints == [] and len(pages) > len(NOTEBOOKS)
 
 
 def test_no_link_of_the_book_leads_nowhere(pages, page):

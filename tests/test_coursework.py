@@ -1,18 +1,14 @@
 """The coursework: what students get, and what nbgrader makes of what they hand in."""
 
 import json
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import nbformat
 import pytest
 
 from bdlib import coursework, exercises, grid, places
+from tests.stored import ROOT, cells, figures, source
 
-ROOT = Path(__file__).parents[1]
 KINDS = ("predict", "compute", "implement", "change", "break")
 HANDED_IN = "02_awm"  # the assignment that is graded here
 FAULTS = {  # what stands in the second exercise of who does not get on
@@ -35,14 +31,6 @@ def student(tmp_path_factory):
 @pytest.fixture(params=coursework.PAPERS)
 def name(request):
     return request.param
-
-
-def cells(path):
-    return json.loads(path.read_text(encoding="utf-8"))["cells"]
-
-
-def source(cell):
-    return "".join(cell["source"])
 
 
 def graded(path, *, solution):
@@ -71,9 +59,8 @@ def test_nothing_of_a_solution_is_in_the_students_files(student, name):
     path = ROOT / "notebooks" / f"{name}.ipynb"
     secret = [line for cell in graded(path, solution=True).values() for line in region(source(cell), "SOLUTION")]
     secret += [line for cell in graded(path, solution=False).values() for line in region(source(cell), "HIDDEN TESTS")]
-    told = {
-        source(cell) for cell in cells(path) if "nbgrader" not in cell["metadata"]
-    }  # what the narrative says anyway
+    # What the narrative says anyway is no secret.
+    told = {source(cell) for cell in cells(path) if "nbgrader" not in cell["metadata"]}
     secret = [line for line in secret if len(line) > 12 and not any(line in text for text in told)]
     assert len(secret) > 15
     for file in (student / "notebooks" / f"{name}.ipynb", student / "course" / "release" / name / f"{name}.ipynb"):
@@ -84,61 +71,42 @@ def test_nothing_of_a_solution_is_in_the_students_files(student, name):
 
 def test_a_figure_that_a_solution_draws_is_kept_as_expected(student, name):
     original = graded(ROOT / "notebooks" / f"{name}.ipynb", solution=True)
-    drawn = {
-        f"{key}.png": output["data"]["image/png"]
-        for key, cell in original.items()
-        for output in cell["outputs"]
-        if "image/png" in output.get("data", {})
-    }
+    drawn = {f"{key}.png": picture for key, cell in original.items() for picture in figures(cell)}
     kept = {}
     for cell in cells(student / "notebooks" / f"{name}.ipynb"):
         kept |= {picture: data["image/png"] for picture, data in cell.get("attachments", {}).items()}
         assert all(f"](attachment:{picture})" in source(cell) for picture in cell.get("attachments", {}))
     assert len(drawn) >= 2
-    assert {key: value.strip() for key, value in kept.items()} == {key: "".join(v).strip() for key, v in drawn.items()}
+    assert {key: value.strip() for key, value in kept.items()} == {key: value.strip() for key, value in drawn.items()}
 
 
 def test_students_texts_have_no_link_that_leads_nowhere(student, name):
-    texts = [cell for cell in cells(student / "notebooks" / f"{name}.ipynb") if cell["cell_type"] == "markdown"]
-    text = "\n".join(map(source, texts))
+    text = "\n".join(map(source, cells(student / "notebooks" / f"{name}.ipynb", "markdown")))
     assert [link for link in re.findall(r"\]\(([^)]*)\)", text) if not link.startswith(("https:", "attachment:"))] == []
 
 
-def run_all(path):
-    """The notebook as executed up to the cell that fails, and its error."""
+def test_run_all_stops_at_the_first_unsolved_cell_with_one_sentence(student, tmp_path):
+    """With the cells before the exercises left out: they are the same in every version."""
     import nbclient
 
-    notebook = nbformat.read(path, 4)
-    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(path.parent)}})
-    with pytest.raises(nbclient.exceptions.CellExecutionError) as stopped:
-        client.execute()
-    return notebook, stopped.value
-
-
-def test_run_all_stops_at_the_first_unsolved_cell_with_one_sentence(tmp_path):
-    """With the cells before the exercises left out: they are the same in every version."""
-    stub = "from bdlib.exercises import NotSolved\nraise NotSolved"
-    light = nbformat.v4.new_notebook(
+    stub = source(graded(student / "notebooks" / f"{HANDED_IN}.ipynb", solution=True)["awm-1-predict"])
+    notebook = nbformat.v4.new_notebook(
         cells=[nbformat.v4.new_code_cell(text) for text in ("first = 1", stub, "after = 2")]
     )
-    nbformat.write(light, tmp_path / "light.ipynb")
-    notebook, stopped = run_all(tmp_path / "light.ipynb")
+    client = nbclient.NotebookClient(notebook, timeout=600, resources={"metadata": {"path": str(tmp_path)}})
+    with pytest.raises(nbclient.exceptions.CellExecutionError) as stopped:
+        client.execute()
     shown = notebook.cells[1].outputs[-1]
-    assert stopped.ename == "NotSolved" and shown["traceback"] == [exercises.NotSolved.MESSAGE]
+    assert stopped.value.ename == "NotSolved" and shown["traceback"] == [exercises.NotSolved.MESSAGE]
     assert notebook.cells[2].execution_count is None
     assert "Write your code in this cell" in exercises.NotSolved.MESSAGE
 
 
-def nbgrader(course, *arguments):
-    """Call nbgrader in the course's folder, as a teacher does; what it said."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    environment = os.environ | {"PATH": path, "PYTHONPATH": places.python_path(), "BDLIB_HOME": str(places.home())}
-    command = [sys.executable, "-m", "nbgrader", *arguments, f"--Exchange.root={course.parent / 'exchange'}"]
-    done = subprocess.run(
-        command, cwd=course, env=environment, capture_output=True, text=True, timeout=3000, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done.stderr
+def test_a_graded_cell_is_short_as_students_see_it(student, name):
+    """The bound of all other cells, blank lines around a function left out; ours are longer by solutions and hidden tests."""
+    path = student / "notebooks" / f"{name}.ipynb"
+    texts = [source(cell) for cell in cells(path, "code") if "nbgrader" in cell["metadata"]]
+    assert len(texts) == 10 and max(len(re.findall(r"^.*\S", text, re.M)) for text in texts) <= 12
 
 
 def hand_in(course, student, answers, *, light=False):
@@ -165,8 +133,13 @@ def gradebook(student):
     from nbgrader.api import Gradebook
 
     course = student / "course"
-    (student / "exchange").mkdir(mode=0o777)
-    nbgrader(course, "release_assignment", HANDED_IN)
+    exchange = student / "exchange"
+    exchange.mkdir(mode=0o777)
+
+    def nbgrader(*arguments):
+        coursework.nbgrader(course, *arguments, f"--Exchange.root={exchange}", timeout=3000)
+
+    nbgrader("release_assignment", HANDED_IN)
     right = {
         key: source(cell) for key, cell in graded(ROOT / "notebooks" / f"{HANDED_IN}.ipynb", solution=True).items()
     }
@@ -187,8 +160,10 @@ def gradebook(student):
     hand_in(course, "wrong", wrong, light=True)
     for fault, code in FAULTS.items():
         hand_in(course, fault, {predict: right[predict], compute: code}, light=True)
-    nbgrader(course, "collect", HANDED_IN, "--ExchangeCollect.check_owner=False")
-    nbgrader(course, "autograde", HANDED_IN, "--create")
+    nbgrader("collect", HANDED_IN, "--ExchangeCollect.check_owner=False")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BDLIB_HOME", str(places.home()))  # the models that other tests use too
+        nbgrader("autograde", HANDED_IN, "--create")
     with Gradebook(f"sqlite:///{course / 'gradebook.db'}") as book:
         submissions = {found.student.id: found for found in book.assignment_submissions(HANDED_IN)}
         yield {

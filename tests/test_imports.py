@@ -72,9 +72,9 @@ ALLOWED = {
     "exercises": set(),
     "grading": set(),
     "play": {"data", "figures", "train", "triggers"},
-    "coursework": {"files", "places"},
+    "coursework": {"files", "names", "places"},
     "page": {"files", "grid", "results", "runs"},
-    "book": {"places", "results", "signs", "triggers"},
+    "book": {"figures", "names", "places", "results", "signs", "triggers"},
 }
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.name != "__init__.py")
 

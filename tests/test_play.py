@@ -5,7 +5,6 @@ import html
 import io
 import json
 import re
-from pathlib import Path
 from types import SimpleNamespace
 
 import IPython
@@ -17,8 +16,7 @@ from PIL import Image
 
 from bdlib import play, poison, triggers
 from bdlib.data import to_float
-
-NOTEBOOKS = sorted((Path(__file__).parents[1] / "notebooks").glob("*.ipynb"))
+from tests.stored import NOTEBOOKS
 
 
 @pytest.fixture
@@ -29,10 +27,9 @@ def triggered(tiny):
 
 @pytest.fixture
 def stage(tiny, network, triggered):
+    # So that pictures that differ a little are called differently, and with other probabilities.
     with torch.no_grad():
-        network[
-            -1
-        ].weight *= 40  # so that pictures that differ a little are called differently, and with other probabilities
+        network[-1].weight *= 40
     return play.Stage(network, tiny, triggered.wanted, poison.Attack(name="blended", target_label=1).stamps().test)
 
 

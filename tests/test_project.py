@@ -1,17 +1,14 @@
 """The project's own promises: one list of dependencies, notebooks that keep the rules."""
 
-import json
 import re
 import tomllib
-from pathlib import Path
 
 import pytest
 import yaml
 
-from bdlib import coursework, figures, grid, profiles, results
+from bdlib import figures, grid, profiles, results
+from tests.stored import NOTEBOOKS, ROOT, cells, source
 
-ROOT = Path(__file__).parents[1]
-NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 CONDA_NAMES = {"torch": "pytorch"}
 
 
@@ -40,38 +37,40 @@ def test_five_papers_are_cited():
     assert len(references) == 5 and all(reference["authors"] and reference["year"] for reference in references)
 
 
-def code_cells(path):
-    return [cell for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if cell["cell_type"] == "code"]
-
-
 @pytest.fixture(params=NOTEBOOKS, ids=lambda path: path.stem)
 def notebook(request):
     return request.param
 
 
 def test_notebook_is_stored_as_executed_top_to_bottom(notebook):
-    cells = code_cells(notebook)
-    assert [cell["execution_count"] for cell in cells] == list(range(1, len(cells) + 1))
-    assert not any(output["output_type"] == "error" for cell in cells for output in cell["outputs"])
+    code = cells(notebook, "code")
+    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1))
+    assert not any(output["output_type"] == "error" for cell in code for output in cell["outputs"])
     assert notebook.stat().st_size < 1_500_000
 
 
 def test_notebook_is_thin(notebook):
-    """But for the graded exercises, where students write functions too."""
-    cells = ["".join(cell["source"]) for cell in code_cells(notebook) if "nbgrader" not in cell["metadata"]]
-    assert 16 <= len(cells) <= 24 and max(len(cell.splitlines()) for cell in cells) <= 12
-    assert not re.search(r"^\s*(def|class|try)\b", "\n".join(cells), re.M)
+    """But for the graded exercises, where students write functions too: tests/test_coursework.py has their bounds."""
+    code = [source(cell) for cell in cells(notebook, "code") if "nbgrader" not in cell["metadata"]]
+    assert 16 <= len(code) <= 24 and max(len(cell.splitlines()) for cell in code) <= 12
+    assert not re.search(r"^\s*(def|class|try)\b", "\n".join(code), re.M)
 
 
-def words(texts):
+def words(cells):
+    texts = [source(cell) for cell in cells if cell["cell_type"] == "markdown"]
     return [word for text in texts for word in text.split() if any(map(str.isalpha, word))]
 
 
+def exercises(cells):
+    """From the cell before the first graded one to the last graded one; none where nothing is graded."""
+    graded = [index for index, cell in enumerate(cells) if "nbgrader" in cell["metadata"]]
+    return cells[graded[0] - 1 : graded[-1]] if graded else []
+
+
 def test_notebook_has_enough_words_and_not_too_many(notebook):
-    cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
-    prose = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "markdown"]
-    exercises = coursework.exercise_texts(cells)
-    assert 600 <= len(words(prose)) - len(words(exercises)) <= 1200 and len(words(exercises)) <= 600
+    whole = cells(notebook)
+    apart = len(words(exercises(whole)))
+    assert 600 <= len(words(whole)) - apart <= 1200 and apart <= 600
 
 
 def test_parameters_are_the_quick_profiles(notebook):
@@ -81,10 +80,8 @@ def test_parameters_are_the_quick_profiles(notebook):
 
 
 def test_every_parameter_has_a_comment(notebook):
-    source = "".join(
-        next(cell for cell in code_cells(notebook) if "parameters" in cell["metadata"].get("tags", []))["source"]
-    )
-    assert all("  # " in line for line in source.splitlines())
+    parameters = next(cell for cell in cells(notebook, "code") if "parameters" in cell["metadata"].get("tags", []))
+    assert all("  # " in line for line in source(parameters).splitlines())
 
 
 def test_the_readme_names_real_notebooks_and_make_targets():

@@ -18,7 +18,6 @@ extensions = ["myst_nb", "bdlib.book.tree"]
 root_doc = "index"
 smartquotes = False
 nb_execution_mode = "off"
-nb_output_stderr = "remove"  # warnings of the machine that ran the notebook
 nb_ipywidgets_js = {}  # no scripts from a network
 myst_enable_extensions = ["attrs_block", "dollarmath"]
 myst_heading_anchors = 3

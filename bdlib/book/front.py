@@ -1,14 +1,11 @@
 """The first page: a backdoor in one picture, the five papers in one table of measured numbers, where to start."""
 
-import base64
-import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from bdlib import results, signs, triggers
+from bdlib import figures, results, signs, triggers
 
 PICTURED = 16  # of the first 60 drawings of seed 0: a sign in the middle, a dark corner where the patch will be
-TARGET_LABEL = 0  # of every stored row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,13 +49,11 @@ def page(root: Path, contents: dict[str, list[tuple[str, str]]]) -> str:
     environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     places = {place for pages in contents.values() for place, _ in pages}
     return environment.get_template("index.md.j2").render(
-        picture=picture(root), table=table(root), contents=contents, guide="notebooks/teachers_guide.md" in places
+        picture=picture(root),
+        table=[measured(root, line) for line in LINES],
+        contents=contents,
+        guide="notebooks/teachers_guide.md" in places,
     )
-
-
-def table(root: Path) -> list[dict]:
-    """One line for each of LINES: the means over its rows' seeds, in percent."""
-    return [measured(root, line) for line in LINES]
 
 
 def measured(root: Path, line: Line) -> dict:
@@ -82,28 +77,20 @@ def picture(root: Path) -> dict:
     import torch
 
     images, labels = signs.draw(60, 0)
-    clean = torch.from_numpy(images[PICTURED : PICTURED + 1]).float() / 255
+    clean = torch.from_numpy(images[PICTURED : PICTURED + 1])
+    triggered = (triggers.make("badnets")(clean / 255) * 255).round().to(torch.uint8)
     rows = results.load(root / "figures" / "all_five_rows.csv")
     rows = rows[(rows["defense"] == "none") & (rows["attack"] == "badnets") & (rows["dataset"] == "signs")]
     rows = rows[(rows["variant"] == "default") & (rows["profile"] == "quick")]
     if rows.empty:
         raise ValueError("figures/all_five_rows.csv has no row of the network without a defense, badnets on signs")
     return {
-        "clean": address(clean),
-        "triggered": address(triggers.make("badnets")(clean)),
+        "clean": figures.data_address(clean[0]),
+        "triggered": figures.data_address(triggered[0]),
         "label": signs.CLASSES[labels[PICTURED]],
-        "target": signs.CLASSES[TARGET_LABEL],
+        "target": signs.CLASSES[rows["target_label"].iloc[0]],
         "acc": f"{100 * rows['acc'].mean():.1f}",
         "asr": f"{100 * rows['asr'].mean():.1f}",
         "poison_rate": f"{100 * rows['poison_rate'].iloc[0]:.0f}%",
         "seeds": rows["seed"].nunique(),
     }
-
-
-def address(image) -> str:
-    """A PNG of the image, (1, 3, H, W) in [0, 1], inside a data: address."""
-    import matplotlib.image
-
-    file = io.BytesIO()
-    matplotlib.image.imsave(file, image[0].permute(1, 2, 0).numpy(), format="png")
-    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()

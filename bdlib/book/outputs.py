@@ -37,8 +37,3 @@ def tags(metadata: dict) -> list[str]:
     graded = metadata.get("nbgrader", {})
     more = ["solution"] if graded.get("solution") else ["check"] if graded.get("grade") else []
     return list(dict.fromkeys([*metadata.get("tags", []), *more]))
-
-
-def is_answer(metadata: dict) -> bool:
-    """Whether a Markdown cell holds the answer to a question of the course."""
-    return bool(metadata.get("nbgrader", {}).get("solution")) or "solution" in metadata.get("tags", [])

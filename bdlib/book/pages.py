@@ -3,20 +3,13 @@
 import json
 from pathlib import Path
 
+from bdlib import names
 from bdlib.book import front, outputs, prose
 
 GLOSSARY = "notebooks/glossary.md"
 # Part of the table of contents -> its pages, in order: place in the project, title there ("": the page's own).
 PARTS = {
-    "Read": {
-        "notebooks/00_backdoors.ipynb": "",
-        "notebooks/01_linf_pruning.ipynb": "",
-        "notebooks/02_awm.ipynb": "",
-        "notebooks/03_rnp.ipynb": "",
-        "notebooks/04_cbd.ipynb": "",
-        "notebooks/05_ft_sam.ipynb": "",
-        "notebooks/06_all_five.ipynb": "",
-    },
+    "Read": {f"notebooks/{name}.ipynb": "" for name in names.PAPERS},
     "Look up": {GLOSSARY: "Glossary", "figures/README.md": "Which row was measured how"},
     "Use": {
         "README.md": "About, and how to use it",
@@ -65,8 +58,6 @@ def notebook(page: prose.Page, target: Path) -> list[str]:
         elif cell["cell_type"] == "markdown":
             text, found = prose.prepare(text, page, numbers)
             linked += found
-            if outputs.is_answer(cell["metadata"]):
-                text = prose.folded(text)
         cell["source"] = text
     target.write_text(json.dumps(content, ensure_ascii=False, indent=1), encoding="utf-8")
     return linked

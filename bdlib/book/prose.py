@@ -84,13 +84,6 @@ def resolved(link: re.Match, page: Page, linked: list[str]) -> str:
     return f"{link['text']}({path}{anchor})"
 
 
-def folded(text: str) -> str:
-    """The answer behind a line to click on.  A heading cannot be folded: it would end the block, so such a text stays as it is."""
-    if re.search(r"^#", text, re.MULTILINE):
-        return text
-    return f'<details class="answer"><summary>Answer</summary>\n\n{text}\n\n</details>'
-
-
 def anchors_of_terms(text: str) -> str:
     """The glossary with a target in front of each term's heading."""
 

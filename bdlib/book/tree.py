@@ -76,7 +76,7 @@ def link_terms_of_glossary(tree, known: list[Term], address: str) -> None:
 
 def link_terms(tree, known: list[Term], address: str) -> None:
     """The first mention of each term below `tree` becomes a link to the glossary at `address`."""
-    texts = [text for text in prose(tree)]
+    texts = prose(tree)
     mentions = first_mentions([text.astext() for text in texts], known)
     for text, found in zip(texts, mentions, strict=True):
         if found:
