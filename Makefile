@@ -16,7 +16,7 @@ INSTALLED := $(ENV)/.bdlib-installed
 # Attacks on images of the target class alone poison 5%: 10% of ten equal classes would be all of that class.
 CLEAN_LABEL := sig sig_rnp label_consistent
 ATTACKS := badnets badnets_a2a badnets_grid badnets_4x4 badnets_corners l0_inv l2_inv trojan_3x3 trojan_square trojan_watermark trojannn \
-	blended signal signal_rnp signal_cbd lf wanet input_aware ssba lira adaptive_blend adaptive_patch
+	blended blended_picture signal signal_rnp signal_cbd lf wanet input_aware ssba lira adaptive_blend adaptive_patch
 
 .PHONY: install reproduce test test-package test-notebooks lab notebooks figures attacks paper book student lint
 

@@ -21,6 +21,7 @@ ATTACKS = (
     "trojan_square",
     "trojan_watermark",
     "blended",
+    "blended_picture",
     "l2_inv",
     "signal",
     "signal_rnp",

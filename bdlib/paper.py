@@ -30,7 +30,7 @@ from bdlib.experiment import Lab, Setting
 
 DATASETS = ("cifar10", "gtsrb")
 # The most telling first.  Attacks on images of the target class alone poison 5%, half of one of CIFAR-10's classes.
-ATTACKS = ("badnets", "blended", "sig", "trojannn", "lf", "wanet", "label_consistent", "input_aware")
+ATTACKS = ("badnets", "blended", "blended_picture", "sig", "trojannn", "lf", "wanet", "label_consistent", "input_aware")
 SEEDS = (0, 1, 2)
 BUDGETS = (500, 2500, 100, 50, 10, 5000)
 METHODS = (

@@ -20,9 +20,9 @@ def planned(**changed):
 def test_everything_is_planned_once():
     units = planned()
     cells = {(unit.dataset, unit.attack, unit.seed, unit.budget) for unit in units}
-    # CIFAR-10: eight attacks, six budgets and CBD.  GTSRB: ten images are fewer than its classes, and its class 0 is too small for
+    # CIFAR-10: nine attacks, six budgets and CBD.  GTSRB: ten images are fewer than its classes, and its class 0 is too small for
     # the two attacks on one class.
-    assert len(cells) == len(units) == 8 * 3 * 7 + 6 * 3 * 6
+    assert len(cells) == len(units) == 9 * 3 * 7 + 7 * 3 * 6
     assert not any(unit.dataset == "gtsrb" and unit.budget == 10 for unit in units)
     assert len({unit.name for unit in units}) == len(units)
 
@@ -31,8 +31,8 @@ def test_the_most_valuable_comes_first():
     units = planned()
     first = {(unit.attack, unit.seed, unit.budget) for unit in units[:4]}
     assert first == {(attack, 0, budget) for attack in ("badnets", "blended") for budget in (500, 2500)}
-    assert [unit.dataset for unit in units].index("gtsrb") == 8 * 3 * 7  # all of CIFAR-10 before it
-    place = {(unit.attack, unit.seed, unit.budget): number for number, unit in enumerate(units[: 8 * 3 * 7])}
+    assert [unit.dataset for unit in units].index("gtsrb") == 9 * 3 * 7  # all of CIFAR-10 before it
+    place = {(unit.attack, unit.seed, unit.budget): number for number, unit in enumerate(units[: 9 * 3 * 7])}
     assert place["badnets", 0, 0] < place["badnets", 1, 500] < place["sig", 0, 500] < place["input_aware", 0, 500]
     assert place["badnets", 2, 500] < place["badnets", 2, 10]
 
@@ -196,7 +196,7 @@ def test_bad_input_is_named_before_anything_starts(words, said, capsys):
 def test_a_dry_run_says_what_and_how_much(tmp_path, capsys):
     assert paper.main(["--dry-run", "--datasets", "cifar10", "--seeds", "0", "--out", str(tmp_path / "out")]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("cifar10_badnets_0_500: fine_tuning, ") and "56 units" in said
+    assert said.startswith("cifar10_badnets_0_500: fine_tuning, ") and "63 units" in said
     assert not (tmp_path / "out").exists()
 
 

@@ -141,6 +141,14 @@ def test_the_ledger_judges_by_asr_and_by_the_drop_of_acc(monkeypatch, acc, asr, 
     )
 
 
+def test_the_ledger_puts_both_kinds_of_blended_beside_the_printed_one(monkeypatch):
+    monkeypatch.setattr(results, "published", lambda: pd.DataFrame([PRINTED]))
+    same = {"dataset": "cifar10", "acc_before": 0.7, "acc": 0.66, "budget": 500}
+    found = results.ledger(results.table([row(**same, asr=0.01), row(**same, asr=0.02, attack="blended_picture")]))
+    assert found["ASR, ours"].tolist() == [1.0, 2.0] and set(found["attack"]) == {"blended"}
+    assert found["protocol, ours"].tolist() == ["a; 500; quick; soft", "blended_picture; a; 500; quick; soft"]
+
+
 def test_the_ledger_needs_both_accuracies(monkeypatch):
     monkeypatch.setattr(results, "published", lambda: pd.DataFrame([PRINTED | {"acc_before": None}]))
     found = results.ledger(results.table([row(dataset="cifar10", acc_before=0.7, acc=0.7, asr=0.05)]))

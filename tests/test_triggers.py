@@ -240,6 +240,18 @@ def test_adaptive_patch_shows_one_faint_mark_while_training_and_two_at_the_test(
     assert (test[:, 7, 24] == 0.5).all()
 
 
+def test_blended_picture_is_a_drawing_with_white_paper_and_black_lines():
+    picture = overlays.house()
+    assert picture.shape == (3, 224, 224) and picture.min() == 0 and picture.max() == 1
+    white, black = (picture == 1).all(0).float().mean(), (picture == 0).all(0).float().mean()
+    assert 0.5 < white < 0.8 and 0.05 < black < 0.2 and len(picture.flatten(1).unique(dim=1).T) == 5
+    out = triggers.make("blended_picture")(GRAY)
+    assert torch.allclose(out[0, :, 0, 0], torch.tensor(0.6))  # paper: .8 x .5 + .2
+    assert torch.equal(out, triggers.blended(image=picture)(GRAY)) and torch.equal(
+        out, triggers.make("blended_picture")(GRAY)
+    )
+
+
 def test_blended_takes_any_image_file(tmp_path):
     picture = Image.new("RGBA", (8, 8), (255, 0, 51, 10))
     picture.save(tmp_path / "mark.png")

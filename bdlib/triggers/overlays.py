@@ -1,13 +1,19 @@
 """Triggers that lie over the picture: Blended, SIG in its three forms, Trojan square and watermark, L2-inv."""
 
+from __future__ import annotations
+
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from bdlib.triggers.patches import Trigger, as_channels
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 # The 3 x 3 patch that the codes of ABL, RNP and CBD add at rows and columns 25 to 27 of 32: red, green, blue, of 255.
 TROJAN_3X3 = (
@@ -22,14 +28,15 @@ TROJAN_3X3 = (
 )
 
 
-def blended(alpha: float = 0.2, seed: int = 0, image: str | Path | None = None) -> Trigger:
+def blended(alpha: float = 0.2, seed: int = 0, image: str | Path | torch.Tensor | None = None) -> Trigger:
     """A trigger that mixes one fixed picture into the whole image: (1 - alpha) x + alpha * picture.
 
-    alpha 0.2 as in Blended and ANP.  The picture is `image`, a file, stretched to the images' size; without one it is noise, uniform
-    in [0, 1], drawn from `seed` once.  Raises ValueError if alpha is not in (0, 1] or the file is no image.
+    alpha 0.2 as in Blended and ANP.  The picture is `image`, a file or float32 (C, H, W) in [0, 1], stretched to the images' size;
+    without one it is noise, uniform in [0, 1], drawn from `seed` once, as ANP's.  Raises ValueError if alpha is not in (0, 1] or the
+    file is no image.
     """
     require_share("alpha", alpha)
-    picture = None if image is None else read_image(image)
+    picture = read_image(image) if isinstance(image, str | Path) else image
 
     def apply(images: torch.Tensor) -> torch.Tensor:
         if picture is None:
@@ -39,6 +46,24 @@ def blended(alpha: float = 0.2, seed: int = 0, image: str | Path | None = None) 
         return (1 - alpha) * images + alpha * mixed_in
 
     return apply
+
+
+def house() -> torch.Tensor:
+    """A drawn picture to blend in, (3, 224, 224) in [0, 1]: black lines and flat colors on white, as BackdoorBench's cartoon has them.
+
+    DIFFERS: their file is a trademark's figure, so this one is drawn anew.
+    """
+    from PIL import Image, ImageDraw
+
+    picture = Image.new("RGB", (224, 224), "white")
+    pen, line = ImageDraw.Draw(picture), {"outline": "black", "width": 7}
+    pen.ellipse((166, 18, 206, 58), fill="gold", **line)  # the sun
+    pen.rectangle((44, 110, 164, 204), fill="white", **line)
+    pen.polygon((24, 110, 104, 38, 184, 110), fill="crimson", **line)  # the roof
+    pen.rectangle((62, 136, 98, 204), fill="royalblue", **line)  # the door
+    pen.rectangle((112, 130, 148, 164), fill="gold", **line)
+    pen.line((0, 204, 224, 204), fill="black", width=7)
+    return _as_floats(picture)
 
 
 def signal(delta: float = 40 / 255, frequency: float = 6.0) -> Trigger:
@@ -148,16 +173,20 @@ def read_image(path: str | Path) -> torch.Tensor:
 
     try:
         with Image.open(Path(path).expanduser()) as file:
-            pixels = np.array(file.convert("RGB"))
+            return _as_floats(file.convert("RGB"))
     except (OSError, UnidentifiedImageError) as error:
         raise ValueError(f"the blended picture must be an image file, got {str(path)!r}: {error}") from error
-    return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255
 
 
 def require_share(name: str, value: float) -> None:
     """Raises ValueError if the value is not in (0, 1]."""
     if not 0 < value <= 1:
         raise ValueError(f"{name} must be in (0, 1], got {value}")
+
+
+def _as_floats(picture: Image.Image) -> torch.Tensor:
+    """An RGB image as float32 (3, H, W) in [0, 1]."""
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).float() / 255
 
 
 def _resized(picture: torch.Tensor, size: tuple[int, int] | torch.Size) -> torch.Tensor:
