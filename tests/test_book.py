@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
-from bdlib.book import front, glossary, outputs, prose
+from bdlib.book import front, glossary, outputs, pages, prose
 from tests.stored import NOTEBOOKS, ROOT, cells, figures, source
 
 MB = 1_000_000
@@ -200,6 +200,19 @@ def test_a_line_without_rows_is_an_error():
 def test_the_built_pages_name_no_machine(book):
     for file, tree in book.items():
         assert not re.search(r"/tmp/|/home/|site-packages", tree.get_text()), file.name
+
+
+def test_a_book_for_students_answers_no_exercise(tmp_path):
+    pages.assemble(ROOT, tmp_path, for_students=True)
+    assert (
+        not (tmp_path / "notebooks" / "teachers_guide.md").exists()
+        and "Teach" not in (tmp_path / "index.md").read_text()
+    )
+    for path in NOTEBOOKS:
+        whole, given = cells(path), cells(tmp_path / "notebooks" / path.name)
+        graded = [cell for cell in whole if "nbgrader" in cell["metadata"]]
+        assert len(graded) == (10 if "01" <= path.name < "06" else 0) and len(given) == len(whole) - len(graded)
+        assert not any("BEGIN SOLUTION" in source(cell) for cell in given)
 
 
 def test_progress_ends_as_a_terminal_shows_it():

@@ -1,4 +1,4 @@
-"""python -m bdlib.book [--out build/book]: build the site from the notebooks' stored outputs; nothing is executed."""
+"""python -m bdlib.book [--out build/book] [--for-students]: build the site from the notebooks' stored outputs; nothing is executed."""
 
 import argparse
 import shutil
@@ -15,10 +15,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--out", type=Path, default=Path("build/book"), help="folder of the site (default: %(default)s)"
     )
-    out = parser.parse_args(arguments).out.resolve()
+    parser.add_argument(
+        "--for-students",
+        action="store_true",
+        help="leave out the exercises' solutions and tests, and the teacher's guide with its answer key",
+    )
+    options = parser.parse_args(arguments)
+    out = options.out.resolve()
     work = out.with_name(f"{out.name}.work")
     shutil.rmtree(work, ignore_errors=True)
-    pages.assemble(project_root(), work / "source")
+    pages.assemble(project_root(), work / "source", for_students=options.for_students)
     status = run_sphinx(work)
     if status == 0:
         shutil.rmtree(out, ignore_errors=True)

@@ -20,19 +20,26 @@ PARTS = {
 }
 
 
-def assemble(root: Path, source: Path) -> None:
-    """Fill `source` with the pages of the project at `root`, the files that they link to, and the first page."""
+def assemble(root: Path, source: Path, *, for_students: bool = False) -> None:
+    """Fill `source` with the pages of the project at `root`, the files that they link to, and the first page.
+
+    for_students: without what answers the exercises, the guide that explains the answers too.
+    """
     planned = [place for places in PARTS.values() for place in places]
-    present = [place for place in planned if (root / place).exists()]
+    present = [place for place in planned if (root / place).exists() and not (for_students and place in PARTS["Teach"])]
     for place in present:
         (source / place).parent.mkdir(parents=True, exist_ok=True)
         page = prose.Page(root=root, place=place, pages=frozenset(present), absent=frozenset(planned) - set(present))
-        write = notebook if place.endswith(".ipynb") else markdown
-        for linked in write(page, source / place):
+        if place.endswith(".ipynb"):
+            found = notebook(page, source / place, for_students=for_students)
+        else:
+            found = markdown(page, source / place)
+        for linked in found:
             copy(root / linked, source / linked)
     contents = {
         part: [(place, title) for place, title in places.items() if place in present] for part, places in PARTS.items()
     }
+    contents = {part: places for part, places in contents.items() if places}
     (source / "index.md").write_text(front.page(root, contents), encoding="utf-8")
 
 
@@ -45,10 +52,15 @@ def markdown(page: prose.Page, target: Path) -> list[str]:
     return linked
 
 
-def notebook(page: prose.Page, target: Path) -> list[str]:
-    """Write the prepared notebook, with the outputs that it is stored with; the places of the files that it links to."""
+def notebook(page: prose.Page, target: Path, *, for_students: bool) -> list[str]:
+    """Write the prepared notebook, with the outputs that it is stored with; the places of the files that it links to.
+
+    for_students: of the exercises their texts alone.
+    """
     content = json.loads((page.root / page.place).read_text(encoding="utf-8"))
     content["metadata"].pop("widgets", None)  # Sphinx would load a widget manager from the network
+    if for_students:
+        content["cells"] = [cell for cell in content["cells"] if "nbgrader" not in cell["metadata"]]
     numbers, linked = prose.equation_numbers(page), []
     for cell in content["cells"]:
         text = "".join(cell["source"])
