@@ -41,7 +41,7 @@ test-notebooks: install
 	$(PYTHON) -m pytest notebooks
 
 lab: install
-	$(PYTHON) -m jupyterlab notebooks/00_backdoors.ipynb
+	$(PYTHON) -m jupyterlab --ServerApp.root_dir=. notebooks/00_backdoors.ipynb
 
 notebooks: install
 	$(PYTHON) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
