@@ -124,12 +124,17 @@ def published() -> pd.DataFrame:
     return pd.read_csv(str(files("bdlib") / "published.csv"))
 
 
+# Our attack -> what papers call it: "Blended" mixes noise in (ANP's family) or a picture (BackdoorBench's), and both are compared.
+PRINTED_AS = {"blended_picture": "blended"}
+
+
 def paper_vs_ours(rows: pd.DataFrame, defense: str, attack: str) -> pd.DataFrame:
     """Printed numbers for a defense against an attack beside our means over seeds, in percent, with what differs.
 
     One line for each printed number with its source, one for each of our settings; "not available" where nobody printed one.
     """
-    known = published().query("defense == @defense and attack == @attack")
+    printed_as = PRINTED_AS.get(attack, attack)
+    known = published().query("defense == @defense and attack == @printed_as")
     lines = [
         {
             "who": "published",
@@ -170,10 +175,6 @@ def paper_vs_ours(rows: pd.DataFrame, defense: str, attack: str) -> pd.DataFrame
             }
         )
     return pd.DataFrame(lines)
-
-
-# Our attack -> what papers call it: "Blended" mixes noise in (ANP's family) or a picture (BackdoorBench's), and both are compared.
-PRINTED_AS = {"blended_picture": "blended"}
 
 
 def ledger(rows: pd.DataFrame, near: tuple[float, float] = (5.0, 3.0)) -> pd.DataFrame:

@@ -104,6 +104,12 @@ def test_paper_vs_ours_puts_printed_and_measured_side_by_side():
     assert table["source or protocol"].str.contains("arXiv").any()
 
 
+def test_blended_with_a_picture_stands_beside_the_printed_blended():
+    rows = results.table([row(defense="ft_sam", attack=name) for name in ("blended", "blended_picture")])
+    tables = [results.paper_vs_ours(rows, "ft_sam", name) for name in ("blended", "blended_picture")]
+    assert len(tables[0]) > 2 and tables[0].equals(tables[1])
+
+
 def test_where_nothing_is_printed_it_says_so():
     table = results.paper_vs_ours(results.table([row(attack="badnets_4x4")]), "awm", "badnets_4x4")
     assert table["ACC"].tolist() == ["not available", "0.0"] and "not available" in table["ASR"].tolist()
