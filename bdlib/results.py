@@ -133,8 +133,8 @@ def paper_vs_ours(rows: pd.DataFrame, defense: str, attack: str) -> pd.DataFrame
 
     One line for each printed number with its source, one for each of our settings; "not available" where nobody printed one.
     """
-    printed_as = PRINTED_AS.get(attack, attack)
-    known = published().query("defense == @defense and attack == @printed_as")
+    known = published()
+    known = known[(known["defense"] == defense) & (known["attack"] == PRINTED_AS.get(attack, attack))]
     lines = [
         {
             "who": "published",
