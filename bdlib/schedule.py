@@ -4,6 +4,8 @@ A worker only starts processes (`job`), so the embedded cluster's workers are th
 hosts of their own and share the store and the output folder with us.
 """
 
+import functools
+import itertools
 import os
 import secrets
 from collections import Counter
@@ -15,6 +17,7 @@ from bdlib.grid import Run
 from bdlib.job import Outcome, Tell
 
 PATIENCE = 10  # seconds that a scheduler may take to answer
+LOOK = 5  # seconds after which new workers are looked for
 
 
 def default_workers() -> int:
@@ -84,38 +87,60 @@ def run_all(
 
     on_start: is told the number of models; on_model: each model with its outcome; tell: how far the running notebooks are.
     A model that several runs wait for is a task of its own; one that a single run needs is made by that run.
+    Dask is given as many tasks as it has threads, none that needs another's result: left to itself it queues tasks where what they
+    need lies, and hours long ones stay there while other workers are idle.
     """
-    from distributed import as_completed
+    from distributed import wait
 
     batch = secrets.token_hex(8)
-    models, sources, futures = {}, {}, {}
-    waiting_for = Counter(run.model for run in waiting)
+    shared = {model for model, count in Counter(run.model for run in waiting).items() if count > 1}
+    pending, running, made = steps(waiting, shared), {}, {}
+    source = functools.cache(lambda notebook: grid.source(notebook)[0])
+    number = itertools.count()
+
+    def submit(kind: str, run: Run) -> None:
+        if kind == "model":
+            todo, inputs = job.model(run, batch, threads, timeout), (None, None)
+        else:
+            todo, inputs = job.notebook(run, batch, threads, timeout), (source(run.notebook), made.get(run.model))
+        future = client.submit(work, todo, *inputs, key=f"{todo.name} {batch}-{next(number)}")
+        running[future] = kind, run, todo.name
+
     client.subscribe_topic(batch, lambda event: tell(event[1]))
-    for number, run in enumerate(waiting):
-        if waiting_for[run.model] > 1 and run.model not in models:
-            todo = job.model(run, batch, threads, timeout)
-            models[run.model] = client.submit(
-                work, todo, None, None, key=f"{todo.name} {batch}-{number}", priority=-number
-            )
-            futures[models[run.model]] = todo.name
-        if run.notebook not in sources:
-            text, _ = grid.source(run.notebook)
-            sources[run.notebook] = client.submit(str, text, key=f"{run.notebook.stem} {batch}")
-        todo = job.notebook(run, batch, threads, timeout)
-        inputs = sources[run.notebook], models.get(run.model)
-        futures[client.submit(work, todo, *inputs, key=f"{run.name} {batch}-{number}", priority=-number)] = run
-    on_start(len(models))
+    on_start(len(shared))
     try:
-        for future in as_completed(list(futures)):
-            ended = futures.pop(future)
-            if isinstance(ended, Run):
-                yield ended, result(future)
-            else:
-                on_model(ended, result(future))
+        while pending or running:
+            free = max(0, max(1, sum(client.ncores().values())) - len(running))
+            startable = (
+                step for step in pending if step[0] == "model" or step[1].model not in shared or step[1].model in made
+            )
+            for step in list(itertools.islice(startable, free)):
+                pending.remove(step)
+                submit(*step)
+            with suppress(TimeoutError):  # workers may have come meanwhile
+                wait(list(running), timeout=LOOK, return_when="FIRST_COMPLETED")
+            for future in [future for future in running if future.done()]:
+                kind, run, name = running.pop(future)
+                if kind == "model":
+                    made[run.model] = result(future)
+                    on_model(name, made[run.model])
+                else:
+                    yield run, result(future)
     finally:
         with suppress(OSError):  # the scheduler may be gone
             client.unsubscribe_topic(batch)
             client.run(stop, batch)
+
+
+def steps(waiting: list[Run], shared: set[tuple]) -> list[tuple[str, Run]]:
+    """What is to do, in order: ("notebook", run), and before the first run of each shared model ("model", that run)."""
+    planned, seen = [], set()
+    for run in waiting:
+        if run.model in shared - seen:
+            seen.add(run.model)
+            planned.append(("model", run))
+        planned.append(("notebook", run))
+    return planned
 
 
 def work(todo: job.Job, source: str | None, model: Outcome | None) -> Outcome:
