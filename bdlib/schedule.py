@@ -10,6 +10,7 @@ import os
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 
 from bdlib import grid, job
@@ -109,7 +110,7 @@ def run_all(
     client.subscribe_topic(batch, lambda event: tell(event[1]))
     on_start(len(shared))
     try:
-        while pending or running:
+        while running or (pending and client.status == "running"):
             free = max(0, max(1, sum(client.ncores().values())) - len(running))
             startable = (
                 step for step in pending if step[0] == "model" or step[1].model not in shared or step[1].model in made
@@ -117,7 +118,8 @@ def run_all(
             for step in list(itertools.islice(startable, free)):
                 pending.remove(step)
                 submit(*step)
-            with suppress(TimeoutError):  # workers may have come meanwhile
+            # Workers may have come meanwhile, or the scheduler is lost: then its futures are cancelled, and nothing new starts.
+            with suppress(TimeoutError, CancelledError):
                 wait(list(running), timeout=LOOK, return_when="FIRST_COMPLETED")
             for future in [future for future in running if future.done()]:
                 kind, run, name = running.pop(future)
