@@ -250,6 +250,18 @@ def test_two_workers_that_share_an_object_store_make_the_same_table_even_if_one_
     assert (bucket / "out" / "index.html").exists() and len(list((bucket / "out").glob("02_awm/*/executed.html"))) == 3
 
 
+def test_a_lost_scheduler_fails_what_ran_and_starts_nothing_more(notebooks, tmp_path, dask):
+    dask.worker(BDLIB_HOME=str(tmp_path / "home"))
+    dask.wait(1)
+    runs = planned(notebooks, tmp_path / "out", attack=["badnets"], seed=[0, 1])
+    options = {"threads": 1, "timeout": None, "on_start": print, "on_model": print, "tell": print}
+    lose = threading.Timer(2, os.killpg, [dask.processes[0].pid, signal.SIGKILL])
+    with schedule.cluster(None, dask.address) as client:
+        lose.start()
+        ((run, outcome),) = schedule.run_all(runs, client, **options)
+    assert run is runs[0] and not outcome.well and "lost the connection to the scheduler" in outcome.error
+
+
 @pytest.mark.parametrize(
     ("package", "said"),
     [
