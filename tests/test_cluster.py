@@ -16,6 +16,8 @@ import runall
 from bdlib import grid, job, schedule
 from tests import batch
 
+ALOUD = {"threads": 1, "timeout": None, "on_start": print, "on_model": print, "tell": print}
+
 
 @pytest.fixture
 def notebooks(tmp_path, monkeypatch):
@@ -135,8 +137,7 @@ def test_closing_the_iterator_stops_what_runs(notebooks, tmp_path, monkeypatch):
     runs = planned(notebooks, tmp_path / "out", attack=["badnets"], seed=[0, 1])
     start = time.monotonic()
     with schedule.cluster(2, None) as client:
-        options = {"threads": 1, "timeout": None, "on_start": print, "on_model": print, "tell": print}
-        ended = schedule.run_all(runs, client, **options)
+        ended = schedule.run_all(runs, client, **ALOUD)
         next(ended)
         ended.close()
     assert seen == [False, True] and time.monotonic() - start < 25
@@ -254,11 +255,10 @@ def test_a_lost_scheduler_fails_what_ran_and_starts_nothing_more(notebooks, tmp_
     dask.worker(BDLIB_HOME=str(tmp_path / "home"))
     dask.wait(1)
     runs = planned(notebooks, tmp_path / "out", attack=["badnets"], seed=[0, 1])
-    options = {"threads": 1, "timeout": None, "on_start": print, "on_model": print, "tell": print}
     lose = threading.Timer(2, os.killpg, [dask.processes[0].pid, signal.SIGKILL])
     with schedule.cluster(None, dask.address) as client:
         lose.start()
-        ((run, outcome),) = schedule.run_all(runs, client, **options)
+        ((run, outcome),) = schedule.run_all(runs, client, **ALOUD)
     assert run is runs[0] and not outcome.well and "lost the connection to the scheduler" in outcome.error
 
 

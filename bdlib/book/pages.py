@@ -36,10 +36,10 @@ def assemble(root: Path, source: Path, *, for_students: bool = False) -> None:
             found = markdown(page, source / place)
         for linked in found:
             copy(root / linked, source / linked)
-    contents = {
-        part: [(place, title) for place, title in places.items() if place in present] for part, places in PARTS.items()
-    }
-    contents = {part: places for part, places in contents.items() if places}
+    contents = {}
+    for part, places in PARTS.items():
+        if listed := [(place, title) for place, title in places.items() if place in present]:
+            contents[part] = listed
     (source / "index.md").write_text(front.page(root, contents), encoding="utf-8")
 
 
