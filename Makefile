@@ -2,7 +2,7 @@
 # make test        install if needed, then all tests
 # make lab         install if needed, then JupyterLab
 # make notebooks   execute the notebooks in place, so that they are stored with the outputs of the quick profile
-# make figures     rewrite figures/ from quick grids (three hours on two cores; finished runs are kept)
+# make figures     rewrite figures/ from quick grids (four hours on two cores; finished runs are kept)
 # make paper       the papers' tables without Jupyter, on a GPU; MINUTES=25 begins nothing new after 25 minutes, and the next call goes on
 # make book        the notebooks as a site to read, under build/book
 # make student     student versions, solutions and an nbgrader course, under build/student (a quarter of an hour the first time)
@@ -17,6 +17,9 @@ INSTALLED := $(ENV)/.bdlib-installed
 CLEAN_LABEL := sig sig_rnp label_consistent
 ATTACKS := badnets badnets_a2a badnets_grid badnets_4x4 badnets_corners l0_inv l2_inv trojan_3x3 trojan_square trojan_watermark trojannn \
 	blended blended_picture signal signal_rnp signal_cbd lf wanet input_aware ssba lira adaptive_blend adaptive_patch
+
+# Of the methods after training those that 06 also measures on three more attacks.
+MOST := fine_tuning,fine_pruning,linf_pruning,nad,anp,i_bau,nc,clp,bnp,ep,awm,rnp,ft_sam
 
 .PHONY: install reproduce test test-package test-notebooks lab notebooks figures attacks paper book student lint
 
@@ -67,8 +70,10 @@ figures: install
 	$(PYTHON) runall.py --only 06_all_five --attack badnets trojan_square --seed 0 1 2 --set reuse=False extras=oracle,detection \
 		--out runs/figures/all_five_attacks
 	$(PYTHON) runall.py --only 06_all_five --budget 10 50 5% --seed 0 --set reuse=False --out runs/figures/all_five_budgets
-	$(PYTHON) runall.py --only 06_all_five --attack blended badnets trojan_square --seed 0 --set reuse=False methods=abl,cbd \
-		--out runs/figures/all_five_in_training
+	$(PYTHON) runall.py --only 06_all_five --attack badnets_corners lf signal --seed 0 1 2 \
+		--set reuse=False methods=$(MOST) --out runs/figures/all_five_more_attacks
+	$(PYTHON) runall.py --only 06_all_five --attack blended badnets trojan_square badnets_corners lf signal --seed 0 \
+		--set reuse=False methods=abl,cbd --out runs/figures/all_five_in_training
 	$(PYTHON) -m bdlib.report runs/figures figures
 
 attacks: install

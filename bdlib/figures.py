@@ -179,8 +179,8 @@ def heatmap(table: pd.DataFrame, ax: Axes, title: str, *, good_is_high: bool, lo
     )  # fmt: skip
     ax.set(xlabel="", ylabel="")
     ax.set_title(f"{title} (%)", fontsize=10)
-    ax.tick_params(axis="x", rotation=0, labelsize=8)
     ax.tick_params(axis="y", rotation=0, labelsize=8)
+    ax.set_xticklabels(ax.get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
     return ax
 
 
@@ -220,6 +220,17 @@ def costs(rows: pd.DataFrame, ax: Axes, x: str, xlabel: str, scale: str) -> Axes
     ax.set(xscale=scale, xlabel=xlabel, ylabel="")
     if scale == "linear":
         ax.set_xlim(left=0)
+    ax.grid(axis="y", linewidth=0.3)
+    return ax
+
+
+def draws(rows: pd.DataFrame, ax: Axes) -> Axes:
+    """ASR of every run in percent, a line for each `method`, side by side in it a color for each `draw`."""
+    rows = rows.assign(asr=100 * rows["asr"])
+    sns.stripplot(
+        rows, x="asr", y="method", hue="draw", dodge=True, jitter=False, size=5, alpha=0.7, palette="colorblind", ax=ax
+    )
+    ax.set(xlim=(-4, 104), xlabel=METRICS["asr"], ylabel="")
     ax.grid(axis="y", linewidth=0.3)
     return ax
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
+import seaborn as sns
 from matplotlib.axes import Axes
 
 from bdlib import figures, results
@@ -187,12 +188,58 @@ def heatmap_figure(rows: pd.DataFrame) -> plt.Figure:
     # DER weighs what an attack lost, and the control has none.
     shown = {"acc": attacks, "asr": attacks, "der": [name for name in attacks if name != results.CONTROL]}
     widths = [len(columns) for columns in shown.values()]
-    size = (3 + 0.7 * sum(widths), 0.8 + 0.24 * len(methods))
+    size = (3 + 0.52 * sum(widths), 1.3 + 0.24 * len(methods))
     figure, axes = plt.subplots(1, 3, figsize=size, width_ratios=widths, layout="constrained", sharey=True)
     for (value, columns), ax in zip(shown.items(), axes, strict=True):
         table = rows.pivot_table(index="method", columns="attack", values=value).reindex(index=methods, columns=columns)
         figures.heatmap(table, ax, value.upper(), good_is_high=value != "asr", low=50 if value == "der" else 0)
     figure.suptitle(setting_title(rows, f"{rows['budget'].mode()[0]} clean images"), fontsize=10)
+    return figure
+
+
+def removals(rows: pd.DataFrame) -> pd.DataFrame:
+    """From how many networks each method removes the backdoor, by dataset and attack: "2 of 3"; a star: also as a mean over them.
+
+    Removed, as 06 claims it: ASR at most 20%, at most 10 points of accuracy lost.  Last column: whether the method has a star.
+    rows: of attacked networks, as `all_five` gives them.
+    """
+
+    def kept(losses: pd.DataFrame) -> pd.Series:
+        return (losses["asr"] <= 0.2) & (losses["drop"] <= 0.1)
+
+    rows = rows.assign(drop=rows["acc_before"] - rows["acc"])
+    cell = ["method", "dataset", "attack"]
+    networks = rows.assign(kept=kept(rows)).groupby(cell, sort=False)["kept"].agg(["sum", "size"]).astype(str)
+    means = kept(rows.groupby(cell, sort=False)[["asr", "drop"]].mean())
+    texts = networks["sum"] + " of " + networks["size"] + means.map({True: " *", False: ""})
+    table = texts.unstack(["dataset", "attack"]).fillna("")
+    table[("all", "verdict")] = (
+        means.groupby(level="method").any().map({True: "removes at least one", False: "removes none"})
+    )
+    return table
+
+
+def common_runs(sets: dict[str, pd.DataFrame]) -> pd.DataFrame:
+    """The runs of 06 at the most common budget that every set of rows has, from each of them; column `draw`: the set's name."""
+    rows = pd.concat([at_usual_budget(all_five(part)).assign(draw=name) for name, part in sets.items()])
+    in_sets = rows.groupby(["dataset", "arch", "method", "attack", "budget", "seed"])["draw"].transform("nunique")
+    return rows[in_sets == len(sets)]
+
+
+def draws_figure(runs: pd.DataFrame) -> plt.Figure:
+    """ASR of every run, a panel for each attack and a color for each `draw`: how much of a mean over seeds is chance."""
+    if runs.empty:
+        return empty_figure()
+    attacks = runs["attack"].unique()
+    size = (1.5 + 2.6 * len(attacks), 1.1 + 0.28 * runs["method"].nunique())
+    figure, axes = plt.subplots(1, len(attacks), figsize=size, layout="constrained", sharey=True, squeeze=False)
+    for attack, ax in zip(attacks, axes[0], strict=True):
+        figures.draws(runs[runs["attack"] == attack], ax)
+        ax.set_title(attack, fontsize=10)
+        if ax is not axes[0, -1]:
+            ax.get_legend().remove()
+    sns.move_legend(axes[0, -1], "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
+    figure.suptitle(setting_title(runs, f"{runs['budget'].iloc[0]} clean images"), fontsize=10)
     return figure
 
 

@@ -6,6 +6,7 @@ hosts of their own and share the store and the output folder with us.
 
 import functools
 import itertools
+import logging
 import os
 import secrets
 from collections import Counter
@@ -44,6 +45,8 @@ def cluster(workers: int | None, scheduler: str | None) -> Iterator:
             yield client
         return
     count = workers or default_workers()
+    # Else what it says, at its end, of the connections that it closes itself stands in a reader's terminal.
+    logging.getLogger("distributed").setLevel(logging.WARNING)
     with (
         LocalCluster(
             n_workers=count, threads_per_worker=1, processes=False, dashboard_address=":0", memory_limit=0

@@ -1,6 +1,7 @@
 """The grid on Dask: every model once and before its runs, on threads of one process and on workers that share an object store."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -141,6 +142,13 @@ def test_closing_the_iterator_stops_what_runs(notebooks, tmp_path, monkeypatch):
         next(ended)
         ended.close()
     assert seen == [False, True] and time.monotonic() - start < 25
+
+
+def test_an_embedded_cluster_does_not_chat_of_the_connections_that_it_closes():
+    logging.getLogger("distributed").setLevel(logging.INFO)
+    with schedule.cluster(1, None):
+        pass
+    assert not logging.getLogger("distributed.batched").isEnabledFor(logging.INFO)
 
 
 def test_workers_share_the_cores(monkeypatch):

@@ -351,6 +351,43 @@ def test_budget_curves_are_of_methods_with_more_than_one_budget(compared):
     plt.close(figure)
 
 
+def test_removals_count_networks_and_star_the_means_within_the_claims_bounds():
+    def of(method, attack, asr, lost=0.0):
+        return [
+            {"method": method, "dataset": "signs", "attack": attack, "asr": left, "acc_before": 0.95, "acc": 0.95 - lost, "seed": seed}
+            for seed, left in enumerate(asr)
+        ]  # fmt: skip
+
+    runs = of("A", "badnets", (0.0, 0.1, 0.9)) + of("A", "lf", (0.0, 0.0, 0.5)) + of("B", "lf", (0.1, 0.2, 0.19), 0.11)
+    table = report.removals(pd.DataFrame(runs + of("B", "badnets", (0.2, 0.2), 0.09)))
+    assert table[("signs", "badnets")].to_dict() == {"A": "2 of 3", "B": "2 of 2 *"}
+    assert table[("signs", "lf")].to_dict() == {"A": "2 of 3 *", "B": "0 of 3"}  # B costs too much
+    assert table[("all", "verdict")].to_dict() == {"A": "removes at least one", "B": "removes at least one"}
+    assert report.removals(pd.DataFrame(runs))[("all", "verdict")]["B"] == "removes none"
+
+
+def test_draws_are_the_runs_that_every_set_has_each_a_point_at_its_asr(compared):
+    again = compared[(compared["seed"] == 0) & (compared["defense"] != "fine_tuning")]
+    figure = report.draws_figure(
+        report.common_runs({"one CPU": compared, "another CPU": again.assign(asr=again["asr"] + 0.05)})
+    )
+    assert [ax.get_title() for ax in figure.axes] == ["blended", "badnets", "no attack"]
+    points = [float(x) for drawn in figure.axes[0].collections for x, _ in drawn.get_offsets()]
+    # No defense, ANP and ABL, each once a set; FT, the second seed and the other budget are in one set alone or not shown.
+    assert points == pytest.approx([0, 5, 40, 45, 80, 85])
+    assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["no defense", "ANP", "ABL"]
+    legends = [ax.get_legend() for ax in figure.axes]
+    assert legends[:2] == [None, None]
+    assert [text.get_text() for text in legends[2].get_texts()] == ["one CPU", "another CPU"]
+    plt.close(figure)
+
+
+def test_draws_without_a_run_in_common_say_so(compared):
+    figure = report.draws_figure(report.common_runs({"one CPU": compared, "another CPU": compared[:0]}))
+    assert "no stored rows" in figure.axes[0].texts[0].get_text()
+    plt.close(figure)
+
+
 def test_costs_show_every_run(compared):
     figure = report.FIGURES["all_five"]["costs"](compared)
     points = sum(len(drawn.get_offsets()) for drawn in figure.axes[0].collections)
