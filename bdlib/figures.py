@@ -180,7 +180,7 @@ def heatmap(table: pd.DataFrame, ax: Axes, title: str, *, good_is_high: bool, lo
     ax.set(xlabel="", ylabel="")
     ax.set_title(f"{title} (%)", fontsize=10)
     ax.tick_params(axis="y", rotation=0, labelsize=8)
-    ax.set_xticklabels(ax.get_xticklabels(), rotation=35, ha="right", rotation_mode="anchor", fontsize=8)
+    ax.set_xticklabels(ax.get_xticklabels(), rotation=45, ha="right", rotation_mode="anchor", fontsize=8)
     return ax
 
 

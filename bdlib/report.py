@@ -188,7 +188,7 @@ def heatmap_figure(rows: pd.DataFrame) -> plt.Figure:
     # DER weighs what an attack lost, and the control has none.
     shown = {"acc": attacks, "asr": attacks, "der": [name for name in attacks if name != results.CONTROL]}
     widths = [len(columns) for columns in shown.values()]
-    size = (3 + 0.52 * sum(widths), 1.3 + 0.24 * len(methods))
+    size = (max(6.5, 2.4 + 0.37 * sum(widths)), 1.4 + 0.24 * len(methods))
     figure, axes = plt.subplots(1, 3, figsize=size, width_ratios=widths, layout="constrained", sharey=True)
     for (value, columns), ax in zip(shown.items(), axes, strict=True):
         table = rows.pivot_table(index="method", columns="attack", values=value).reindex(index=methods, columns=columns)
