@@ -228,8 +228,9 @@ def draws(rows: pd.DataFrame, ax: Axes) -> Axes:
     """ASR of every run in percent, a line for each `method`, side by side in it a color for each `draw`."""
     rows = rows.assign(asr=100 * rows["asr"])
     sns.stripplot(
-        rows, x="asr", y="method", hue="draw", dodge=True, jitter=False, size=5, alpha=0.7, palette="colorblind", ax=ax
-    )
+        rows, x="asr", y="method", hue="draw", palette=[_PALETTE[k] for k in (0, 3, 2, 4)][: rows["draw"].nunique()],
+        dodge=True, jitter=False, size=5, alpha=0.7, ax=ax,
+    )  # fmt: skip
     ax.set(xlim=(-4, 104), xlabel=METRICS["asr"], ylabel="")
     ax.grid(axis="y", linewidth=0.3)
     return ax
