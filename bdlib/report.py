@@ -162,10 +162,11 @@ def planted_figure(rows: pd.DataFrame) -> plt.Figure:
 
 
 def all_five(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rows of all methods as their figures take them: `method` to show, the control as an attack of its own, no oracle."""
+    """Rows of all methods as figures take them: `method` to show, `drop` of ACC, the control as an attack of its own, no oracle."""
     rows = rows[rows["variant"].isin(["default", results.CONTROL])]
     names = [figures.method_name(defense, "default") for defense in rows["defense"]]
-    rows = rows.assign(method=names, attack=rows["attack"].mask(rows["variant"] == results.CONTROL, results.CONTROL))
+    attacks = rows["attack"].mask(rows["variant"] == results.CONTROL, results.CONTROL)
+    rows = rows.assign(method=names, attack=attacks, drop=rows["acc_before"] - rows["acc"])
     return rows.sort_values("attack", key=lambda attacks: attacks == results.CONTROL, kind="stable")  # the control last
 
 
@@ -204,13 +205,12 @@ def removals(rows: pd.DataFrame) -> pd.DataFrame:
     rows: of attacked networks, as `all_five` gives them.
     """
 
-    def kept(losses: pd.DataFrame) -> pd.Series:
-        return (losses["asr"] <= 0.2) & (losses["drop"] <= 0.1)
+    def removed(left: pd.DataFrame) -> pd.Series:
+        return (left["asr"] <= 0.2) & (left["drop"] <= 0.1)
 
-    rows = rows.assign(drop=rows["acc_before"] - rows["acc"])
     cell = ["method", "dataset", "attack"]
-    networks = rows.assign(kept=kept(rows)).groupby(cell, sort=False)["kept"].agg(["sum", "size"]).astype(str)
-    means = kept(rows.groupby(cell, sort=False)[["asr", "drop"]].mean())
+    networks = rows.assign(removed=removed(rows)).groupby(cell, sort=False)["removed"].agg(["sum", "size"]).astype(str)
+    means = removed(rows.groupby(cell, sort=False)[["asr", "drop"]].mean())
     texts = networks["sum"] + " of " + networks["size"] + means.map({True: " *", False: ""})
     table = texts.unstack(["dataset", "attack"]).fillna("")
     table[("all", "verdict")] = (

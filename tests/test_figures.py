@@ -354,7 +354,7 @@ def test_budget_curves_are_of_methods_with_more_than_one_budget(compared):
 def test_removals_count_networks_and_star_the_means_within_the_claims_bounds():
     def of(method, attack, asr, lost=0.0):
         return [
-            {"method": method, "dataset": "signs", "attack": attack, "asr": left, "acc_before": 0.95, "acc": 0.95 - lost, "seed": seed}
+            {"method": method, "dataset": "signs", "attack": attack, "asr": left, "drop": lost, "seed": seed}
             for seed, left in enumerate(asr)
         ]  # fmt: skip
 
