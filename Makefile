@@ -13,6 +13,14 @@ ENV := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_
 PYTHON := $(ENV)/bin/python
 INSTALLED := $(ENV)/.bdlib-installed
 
+# The same bits on every x86-64 CPU with AVX2 (benchmarks/same_bits.py): one thread, instructions that all of them have, sums in one order.
+# Call runall.py or jupyterlab yourself to use all that your CPU has.
+SAME_BITS := reproduce test-package test-notebooks notebooks figures attacks student
+$(SAME_BITS): export OMP_NUM_THREADS := 1
+$(SAME_BITS): export ATEN_CPU_CAPABILITY := avx2
+$(SAME_BITS): export ONEDNN_MAX_CPU_ISA := AVX2
+$(SAME_BITS): export MKL_CBWR := COMPATIBLE
+
 # Attacks on images of the target class alone poison 5%: 10% of ten equal classes would be all of that class.
 CLEAN_LABEL := sig sig_rnp label_consistent
 ATTACKS := badnets badnets_a2a badnets_grid badnets_4x4 badnets_corners l0_inv l2_inv trojan_3x3 trojan_square trojan_watermark trojannn \
@@ -35,7 +43,7 @@ reproduce: install
 
 # Half of the time goes into the notebooks' own tests, half into the main job: side by side, a thread each, on two cores.
 test: install
-	OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(MAKE) --jobs=2 --output-sync=line --no-print-directory test-package test-notebooks
+	$(MAKE) --jobs=2 --output-sync=line --no-print-directory test-package test-notebooks
 
 test-package: install
 	$(PYTHON) -m pytest tests

@@ -129,7 +129,10 @@ def parser() -> argparse.ArgumentParser:
         help="folder, or URL on an object store, for executed notebooks, rows and figures (default: runs)",
     )
     p.add_argument(
-        "--workers", type=positive, metavar="N", help="runs at once here (default: one a GPU, or one for two cores)"
+        "--workers",
+        type=positive,
+        metavar="N",
+        help="runs at once here (default: one a GPU, or one for OMP_NUM_THREADS or two cores)",
     )
     p.add_argument(
         "--scheduler", metavar="ADDRESS", help="hand the runs to this Dask scheduler's workers: tcp://host:8786"

@@ -23,8 +23,8 @@ LOOK = 5  # seconds after which new workers are looked for
 
 
 def default_workers() -> int:
-    """One for each GPU, or one for every two cores."""
-    return job.gpus() or max(1, job.cores() // 2)
+    """One for each GPU, or one for every OMP_NUM_THREADS cores, where that is not set for every two."""
+    return job.gpus() or max(1, job.cores() // int(os.environ.get("OMP_NUM_THREADS") or 2))
 
 
 @contextmanager

@@ -160,6 +160,18 @@ def test_workers_share_the_cores(monkeypatch):
     assert schedule.threads(2, None) == 3
 
 
+def test_by_default_there_are_as_many_workers_as_the_cores_allow(monkeypatch):
+    monkeypatch.setattr(job, "cores", lambda: 8)
+    monkeypatch.setattr(job, "gpus", lambda: 0)
+    counts = {}
+    for threads in ("", "1", "3", "16"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        counts[threads] = schedule.default_workers()
+    assert counts == {"": 4, "1": 8, "3": 2, "16": 1}
+    monkeypatch.setattr(job, "gpus", lambda: 2)
+    assert schedule.default_workers() == 2
+
+
 def test_an_unreachable_scheduler_is_named_soon(notebooks, tmp_path, capsys):
     start = time.monotonic()
     out = tmp_path / "out"

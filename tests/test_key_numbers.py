@@ -1,6 +1,6 @@
 """The claims: each notebook's rows against the bands of key_numbers.csv, for the stored seeds and for a run made here.
 
-The run made here is the README's main job: runall.py at its defaults.
+The run made here is the README's main job: runall.py at its defaults, one seed. On another CPU that seed is another draw.
 """
 
 from pathlib import Path
@@ -47,6 +47,12 @@ def outside(rows: pd.DataFrame, bands: pd.DataFrame) -> list[str]:
     return wrong
 
 
+def run(out: Path, *options: str) -> Path:
+    """The main job with these options, its rows in `out`; one run at a time, as `make test` tests the notebooks beside it."""
+    assert runall.main(["--out", str(out), "--workers", "1", *options]) == 0
+    return out
+
+
 @pytest.mark.parametrize(("path", "bands"), STORED, ids=[path for path, _ in STORED])
 def test_stored_rows_of_three_seeds_keep_the_claims(path, bands):
     rows = results.load(ROOT / path)
@@ -58,13 +64,19 @@ def test_stored_rows_of_three_seeds_keep_the_claims(path, bands):
 @pytest.fixture(scope="session")
 def main_job(tmp_path_factory):
     """The rows of the main job, run now; its models go to the usual store."""
-    out = tmp_path_factory.mktemp("main_job")
-    assert runall.main(["--out", str(out)]) == 0
-    return out
+    return run(tmp_path_factory.mktemp("main_job"))
 
 
-def test_the_main_job_keeps_the_claims(main_job):
-    assert outside(results.load(main_job / "results.csv"), HERE) == []
+def test_the_main_job_keeps_the_claims(main_job, tmp_path):
+    """The claims are of the mean over three seeds: where the main job's one misses a band, the others are run and all three judged."""
+    rows = results.load(main_job / "results.csv")
+    missed = sorted(name for name, bands in HERE.groupby("notebook") if outside(rows, bands))
+    if missed:
+        print(*outside(rows, HERE), sep="\n")
+        others = [str(seed) for seed in SEEDS - set(rows["seed"])]
+        rows = pd.concat([rows, results.load(run(tmp_path, "--only", *missed, "--seed", *others) / "results.csv")])
+        assert all(set(rows.query("notebook == @name")["seed"]) == SEEDS for name in missed)
+    assert outside(rows, HERE) == []
 
 
 def test_the_main_job_is_not_done_twice(main_job, capsys):

@@ -1,6 +1,7 @@
 """The project's own promises: one list of dependencies, notebooks that keep the rules."""
 
 import re
+import subprocess
 import tomllib
 
 import pytest
@@ -90,6 +91,14 @@ def test_the_readme_names_real_notebooks_and_make_targets():
     assert set(re.findall(r"make (\w+)", text)) - {"it"} <= set(targets)
     for name in re.findall(r"notebooks/(\w+\.ipynb)", text):
         assert (ROOT / "notebooks" / name).exists()
+
+
+@pytest.mark.parametrize("target", ["reproduce", "notebooks", "test-package", "test-notebooks"])
+def test_make_runs_what_it_runs_with_the_same_bits_everywhere(target):
+    printed = "python() { printenv OMP_NUM_THREADS ATEN_CPU_CAPABILITY ONEDNN_MAX_CPU_ISA MKL_CBWR; }; python"
+    command = ["make", "--silent", target, f"PYTHON={printed}", "INSTALLED=pyproject.toml"]
+    out = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout.split() == ["1", "avx2", "AVX2", "COMPATIBLE"]
 
 
 def test_the_readmes_table_is_that_of_the_measured_rows():
