@@ -13,7 +13,7 @@ def main(arguments: list[str] | None = None) -> int:
     """0 if the site stands in --out, else Sphinx's status: any warning, such as a broken link, and --out stays as it was."""
     parser = argparse.ArgumentParser(prog="python -m bdlib.book", description=__doc__)
     parser.add_argument(
-        "--out", type=Path, default=Path("build/book"), help="folder of the site (default: %(default)s)"
+        "--out", type=Path, default=project_root() / "build" / "book", help="folder of the site (default: build/book)"
     )
     parser.add_argument(
         "--for-students",
