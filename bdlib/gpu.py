@@ -4,6 +4,7 @@ A network for 32 x 32 pixels has a thousand small kernels a step, and a GPU runs
 On a CPU everything here is plain PyTorch, to the bit.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,9 +15,20 @@ from torch import nn
 Step = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
 _BEFORE = 3  # calls before a step is recorded: libraries choose their kernels, optimizers make their buffers
 
+# What the Makefile sets so that every x86-64 CPU with AVX2 gives the same bits (benchmarks/same_bits.py).  MKL takes other ways on
+# Intel's and AMD's CPUs with every other MKL_CBWR (its developer guide, "Specifying Code Branches").
+SAME_BITS = {
+    "OMP_NUM_THREADS": "1",
+    "ATEN_CPU_CAPABILITY": "avx2",
+    "ONEDNN_MAX_CPU_ISA": "AVX2",
+    "MKL_CBWR": "COMPATIBLE",
+}
+
 
 def arithmetic(device: torch.device) -> str:
     """How `train.fit` computes there, for the keys of stored models: other arithmetic, other weights."""
+    if device.type == "cpu" and all(os.environ.get(name) == value for name, value in SAME_BITS.items()):
+        return "cpu, the same bits on all"
     return "cuda, bfloat16" if device.type == "cuda" else device.type
 
 

@@ -4,8 +4,7 @@
     python -m benchmarks.same_bits
     qemu-x86_64 -cpu EPYC-Rome .venv/bin/python -m benchmarks.same_bits        another CPU, emulated: a quarter of an hour
 
-Prints what stands in benchmarks/same_bits.csv behind the name of the CPU.  MKL takes other ways on Intel's and AMD's CPUs with every
-MKL_CBWR but COMPATIBLE (its developer guide, "Specifying Code Branches"); the other two keep PyTorch and oneDNN off AVX-512.
+Prints what stands in benchmarks/same_bits.csv behind the name of the CPU.
 """
 
 import hashlib
@@ -13,9 +12,7 @@ import os
 
 import torch
 
-from bdlib import experiment, models, train
-
-SETTINGS = ("OMP_NUM_THREADS", "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_CBWR")
+from bdlib import experiment, gpu, models, train
 
 
 def main() -> None:
@@ -27,7 +24,7 @@ def main() -> None:
     digest = hashlib.sha256()
     for value in model.state_dict().values():
         digest.update(value.contiguous().numpy().tobytes())
-    settings = " ".join(f"{name}={os.environ[name]}" for name in SETTINGS if name in os.environ) or "none"
+    settings = " ".join(f"{name}={os.environ[name]}" for name in gpu.SAME_BITS if name in os.environ) or "none"
     print(settings, torch.backends.cpu.get_cpu_capability(), torch.__version__, digest.hexdigest()[:12], sep=",")
 
 

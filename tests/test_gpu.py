@@ -29,8 +29,15 @@ def test_on_a_cpu_all_of_it_is_plain_pytorch(generator):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
 
-def test_keys_tell_apart_what_computes_otherwise():
-    assert gpu.arithmetic(CPU) == "cpu" and gpu.arithmetic(CUDA) != "cuda"
+def test_keys_tell_apart_what_computes_otherwise(monkeypatch):
+    assert gpu.arithmetic(CUDA) != "cuda"
+    monkeypatch.delenv("MKL_CBWR", raising=False)
+    assert gpu.arithmetic(CPU) == "cpu"
+    for name, value in gpu.SAME_BITS.items():
+        monkeypatch.setenv(name, value)
+    assert gpu.arithmetic(CPU) not in ("cpu", gpu.arithmetic(CUDA))
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    assert gpu.arithmetic(CPU) == "cpu"
 
 
 def test_a_gradient_lies_in_memory_as_its_weight_does():
