@@ -119,6 +119,9 @@ def show(stage: Stage) -> None:
         return
     from IPython.display import display
 
+    print(
+        "No panel below?  It lives in the kernel: run the cells up to this one."
+    )  # as in a saved notebook opened anew
     display(panel(stage))
 
 
