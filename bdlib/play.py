@@ -119,9 +119,8 @@ def show(stage: Stage) -> None:
         return
     from IPython.display import display
 
-    print(
-        "No panel below?  It lives in the kernel: run the cells up to this one."
-    )  # as in a saved notebook opened anew
+    # In a saved notebook opened anew JupyterLab finds no panel, and says no more than that.
+    print("No panel below?  It lives in the kernel: run the cells up to this one.")
     display(panel(stage))
 
 
