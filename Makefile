@@ -54,8 +54,10 @@ test-notebooks: install
 lab: install
 	$(PYTHON) -m jupyterlab --ServerApp.root_dir=. notebooks/00_backdoors.ipynb
 
+# The second command keeps the last state of a progress bar, not each.
 notebooks: install
 	$(PYTHON) -m nbconvert --to notebook --execute --inplace --ExecutePreprocessor.record_timing=False notebooks/*.ipynb
+	$(PYTHON) -m nbconvert --to notebook --inplace --coalesce-streams notebooks/*.ipynb
 
 figures: install
 	$(PYTHON) runall.py --only 02_awm --budget 10 20 50 100 200 250 --seed 0 1 2 --out runs/figures/awm_budgets

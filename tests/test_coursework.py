@@ -149,7 +149,7 @@ def gradebook(student):
     too_long = "def shrink(perturbation, tau):\n    return perturbation"
     hand_in(course, "right", right)
     hand_in(course, "half", right | {compute: unscaled, implement: too_long})
-    nothing = "half = lab.clean\nhalf_config = config\nhalf_model = lab.model\nhalf_measures = lab.before"
+    nothing = "bare_config = one_shot\nbare_model = erased\nbare_measures = lab.measure(erased)"
     wrong = {
         predict: 'prediction = "z"',
         compute: "changed = {}",
