@@ -1,18 +1,20 @@
-"""What keeps a GPU busy: a step of a loop replayed in one launch, optimizers and random draws that stay on it, bfloat16.
+"""What keeps a GPU busy: a step of a loop replayed in one launch, compiled networks, optimizers and draws that stay on it, bfloat16.
 
 A network for 32 x 32 pixels has a thousand small kernels a step, and a GPU runs them faster than Python can ask for them.
 On a CPU everything here is plain PyTorch, to the bit.
 """
 
+import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
 
 Step = Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]
+LONG = 1_000_000  # images of a training, about, that pay for the time it takes to find or make faster kernels
 _BEFORE = 3  # calls before a step is recorded: libraries choose their kernels, optimizers make their buffers
 
 # What the Makefile sets so that every x86-64 CPU with AVX2 gives the same bits (benchmarks/same_bits.py).  MKL takes other ways on
@@ -29,7 +31,7 @@ def arithmetic(device: torch.device) -> str:
     """How `train.fit` computes there, for the keys of stored models: other arithmetic, other weights."""
     if device.type == "cpu" and all(os.environ.get(name) == value for name, value in SAME_BITS.items()):
         return "cpu, the same bits on all"
-    return "cuda, bfloat16" if device.type == "cuda" else device.type
+    return "cuda, bfloat16, compiled" if device.type == "cuda" else device.type
 
 
 def half(device: torch.device) -> AbstractContextManager:
@@ -38,6 +40,39 @@ def half(device: torch.device) -> AbstractContextManager:
         return nullcontext()
     # No cache of cast weights: it would outlast a recorded step.
     return torch.autocast("cuda", torch.bfloat16, cache_enabled=False)
+
+
+def compiled(model: nn.Module, device: torch.device, images: int) -> nn.Module:
+    """The model; on a GPU, for a training on so many images, its compiled form: the same weights, a third faster.
+
+    Once for all networks of one architecture and batch size in a process: a quarter of a minute, which the second or third network
+    pays back.  TORCH_COMPILE_DISABLE=1 switches it off.
+    """
+    if device.type != "cuda" or images < LONG or not _can_compile():
+        return model
+    return torch.compile(model, dynamic=False, options={"max_autotune_pointwise": True})
+
+
+@functools.cache
+def _can_compile() -> bool:
+    """Whether torch.compile works here: it asks for Triton, a C compiler and Python's headers."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(1, device="cuda"))
+    except Exception as error:  # each of the three is missed in its own way
+        print(f"training goes on without torch.compile, which does not work here: {str(error).strip().splitlines()[0]}")
+        return False
+    return True
+
+
+@contextmanager
+def fastest_convolutions(device: torch.device, images: int) -> Iterator[None]:
+    """A block, a training on so many images, in which a GPU tries each way to compute a convolution once and keeps to the fastest."""
+    before = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = before or (device.type == "cuda" and images >= LONG)
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.benchmark = before
 
 
 def generator_on(device: torch.device, generator: torch.Generator) -> torch.Generator:

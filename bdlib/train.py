@@ -128,16 +128,20 @@ def fit(
     )
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(config.schedule, config.epochs * len(batches)))
 
+    in_all = config.epochs * len(dataset)
+    # An objective of one's own may look into the network, which a compiled one does not allow.
+    forward = gpu.compiled(model, device, in_all) if objective is cross_entropy else model
+
     def descend(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with gpu.half(device):
-            loss = objective(model, images, labels)
+            loss = objective(forward, images, labels)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         return loss.detach()
 
     step = gpu.replayed(descend, device)
-    with seeded(generator, device):
+    with seeded(generator, device), gpu.fastest_convolutions(device, in_all):
         for epoch in watch(range(config.epochs)):
             model.train()
             total = torch.zeros((), device=device)

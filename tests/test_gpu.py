@@ -25,6 +25,9 @@ def test_on_a_cpu_all_of_it_is_plain_pytorch(generator):
     ):
         group = made.param_groups[0]
         assert type(made) is kind and group["lr"] == 0.5 and not group["fused"] and not group.get("capturable")
+    assert gpu.compiled(weight, CPU, gpu.LONG) is weight
+    with gpu.fastest_convolutions(CPU, gpu.LONG):
+        assert not torch.backends.cudnn.benchmark
     with gpu.half(CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
 
@@ -112,13 +115,13 @@ def test_replayed_methods_end_where_plain_ones_do(tiny, placed, monkeypatch, met
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(replayed, expected, strict=True))
 
 
-def run(method, tiny, network):
+def run(method, tiny, network, watch=iter):
     """What the method leaves: weights, masks or a trigger."""
     source = torch.Generator().manual_seed(5)
     start = {name: value.clone() for name, value in network.state_dict().items()}
     if method == "fit":
         config = train.TrainConfig(epochs=3, batch_size=8, lr=0.01, drop_last=False)
-        left = train.fit(network, tiny, config, generator=source).state_dict()
+        left = train.fit(network, tiny, config, generator=source, watch=watch).state_dict()
         left = [value.clone() for value in left.values()]
         network.load_state_dict(start)
         return left
@@ -144,6 +147,31 @@ def clone(network, start):
     twin = copy.deepcopy(network)
     twin.load_state_dict(start)
     return twin.train().requires_grad_(True)
+
+
+@needs_gpu
+def test_a_long_training_is_compiled_and_ends_where_a_plain_one_does(tiny, placed, monkeypatch):
+    monkeypatch.setattr(gpu, "half", lambda device: torch.autocast("cuda", enabled=False))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    expected = run("fit", tiny, placed)
+    compiled, compile_, tried = [], torch.compile, []
+    monkeypatch.setattr(torch, "compile", lambda model, **how: compiled.append(model) or compile_(model, **how))
+    monkeypatch.setattr(gpu, "LONG", 3 * len(tiny))
+    watch = lambda epochs: (tried.append(torch.backends.cudnn.benchmark) or epoch for epoch in epochs)
+    found = run("fit", tiny, placed, watch=watch)
+    assert placed in compiled and tried == [True] * 3 and not torch.backends.cudnn.benchmark
+    assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(found, expected, strict=True))
+
+
+@needs_gpu
+def test_without_a_compiler_training_goes_on(tiny, placed, monkeypatch, capsys):
+    def fail(*_, **__):
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    monkeypatch.setattr(gpu, "_can_compile", gpu._can_compile.__wrapped__)
+    assert gpu.compiled(placed, CUDA, gpu.LONG) is placed
+    assert "Failed to find C compiler" in capsys.readouterr().out
 
 
 @needs_gpu

@@ -10,6 +10,7 @@ from torch import nn
 from bdlib import explain, models
 from bdlib.data import Dataset
 from bdlib.defenses import linf_pruning, rnp
+from bdlib.randomness import seeded
 from tests.conftest import same, state
 
 NARROW = [f"{name}:4" for name in models.ARCHS]
@@ -163,6 +164,23 @@ def test_images_too_small_for_the_poolings_are_refused(arch, smallest):
     assert build(arch, images).eval()(images.float() / 255).isfinite().all()
     with pytest.raises(ValueError, match=f"at least {smallest} x {smallest} pixels, got"):
         build(arch, images[:, :, 1:])
+
+
+@pytest.mark.parametrize("arch", NARROW)
+def test_a_network_is_compiled_whole_and_once_for_all_of_its_architecture(arch):
+    """As `gpu.compiled` asks for, but for the kernels, which need a GPU."""
+    graphs = []
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward
+    torch._dynamo.reset()
+    floats = pictures(3, 32, 32).float() / 255
+    for seed in (0, 1):
+        model = build(arch, seed=seed).train()
+        compiled = torch.compile(model, dynamic=False, fullgraph=True, backend=backend)
+        with seeded(torch.Generator().manual_seed(0)):
+            expected = model(floats)
+        with seeded(torch.Generator().manual_seed(0)):
+            assert torch.allclose(compiled(floats), expected, atol=1e-5)
+    assert len(graphs) == 1
 
 
 @pytest.mark.parametrize("arch", NARROW)
