@@ -1,10 +1,11 @@
 """Images a second in training: ours, one fixed batch, and the way of the papers' codes; and the share of the machine's matmul rate.
 
 python -m benchmarks.train                                   width 16, 6,400 images an epoch: minutes on a CPU
-python -m benchmarks.train --arch preact_resnet18 --images 50000 --batches 128 512 --ways ours peers compiled
+python -m benchmarks.train --arch preact_resnet18 --images 50000 --epochs 20 --batches 128 512 --ways ours peers
 
-ours           bdlib.train.fit: the split on the device, crops and flips of a whole batch; on a GPU bfloat16, each step one launch
-fixed batch    forward, backward and step, as ours, always on the first batch: what ours could be at most
+ours           bdlib.train.fit: the split on the device, crops and flips of a whole batch; on a GPU bfloat16, each step one launch,
+               compiled from a million images on (--images times --epochs)
+fixed batch    forward, backward and step, always on the first batch, not compiled: what ours could be at most without
 peers          a Dataset of PIL images, one transform a sample, a DataLoader with workers, float32, the loss read after every step
 compiled       the fixed batch through torch.compile, on a GPU each step one launch
 
