@@ -61,6 +61,7 @@ def _can_compile() -> bool:
     except Exception as error:  # each of the three is missed in its own way
         print(f"training goes on without torch.compile, which does not work here: {str(error).strip().splitlines()[0]}")
         return False
+    print("compiling for the GPU: a quarter of a minute before the first epoch, once for each kind of network")
     return True
 
 
