@@ -59,7 +59,8 @@ def _can_compile() -> bool:
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(1, device="cuda"))
     except Exception as error:  # each of the three is missed in its own way
-        print(f"training goes on without torch.compile, which does not work here: {str(error).strip().splitlines()[0]}")
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        print(f"training goes on without torch.compile, which does not work here: {reason}")
         return False
     print("compiling for the GPU: a quarter of a minute before the first epoch, once for each kind of network")
     return True
