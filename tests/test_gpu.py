@@ -102,12 +102,16 @@ def placed(network):
     return network.to(CUDA)
 
 
-@needs_gpu
-@pytest.mark.parametrize("method", ["fit", "ft_sam", "anp", "awm", "synthesis", "cbd"])
-def test_replayed_methods_end_where_plain_ones_do(tiny, placed, monkeypatch, method):
-    """float32 all the way, so that only the replay differs."""
+@pytest.fixture
+def float32(monkeypatch):
+    """float32 all the way, so that nothing but what is compared differs."""
     monkeypatch.setattr(gpu, "half", lambda device: torch.autocast("cuda", enabled=False))
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@needs_gpu
+@pytest.mark.parametrize("method", ["fit", "ft_sam", "anp", "awm", "synthesis", "cbd"])
+def test_replayed_methods_end_where_plain_ones_do(tiny, placed, float32, monkeypatch, method):
     plain = lambda step, device, generators=(): step
     replayed = run(method, tiny, placed)
     monkeypatch.setattr(gpu, "replayed", plain)
@@ -153,9 +157,7 @@ def clone(network, start):
 
 
 @needs_gpu
-def test_a_long_training_is_compiled_and_ends_where_a_plain_one_does(tiny, placed, monkeypatch):
-    monkeypatch.setattr(gpu, "half", lambda device: torch.autocast("cuda", enabled=False))
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+def test_a_long_training_is_compiled_and_ends_where_a_plain_one_does(tiny, placed, float32, monkeypatch):
     expected = run("fit", tiny, placed)
     compiled, compile_, tried = [], torch.compile, []
     monkeypatch.setattr(torch, "compile", lambda model, **how: compiled.append(model) or compile_(model, **how))
@@ -167,7 +169,7 @@ def test_a_long_training_is_compiled_and_ends_where_a_plain_one_does(tiny, place
 
 
 @needs_gpu
-def test_without_a_compiler_training_goes_on(tiny, placed, monkeypatch, capsys):
+def test_without_a_compiler_training_goes_on(placed, monkeypatch, capsys):
     def fail(*_, **__):
         raise RuntimeError("Failed to find C compiler")
 
