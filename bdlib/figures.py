@@ -167,16 +167,21 @@ def acc_and_asr(rows: pd.DataFrame, label: str, ax: Axes) -> Axes:
     return ax
 
 
-def heatmap(table: pd.DataFrame, ax: Axes, title: str, *, good_is_high: bool, low: int = 0) -> Axes:
-    """Percent in each cell of a table of fractions (rows: methods, columns: attacks); darker is worse, empty where it is not known.
+def heatmap(
+    table: pd.DataFrame, starred: pd.DataFrame, ax: Axes, title: str, *, good_is_high: bool, low: int = 0
+) -> Axes:
+    """Percent in each cell of a table of fractions (rows: methods, columns: attacks); darker is worse, a dash where it is not known.
 
-    low: percent at which the colors start.
+    starred: True for the cells whose number gets a star, of the same form; low: percent at which the colors start.
     """
     percent = 100 * table
+    texts = percent.map("{:.0f}".format) + starred.replace({True: "*", False: ""})
     sns.heatmap(
-        percent, ax=ax, annot=True, fmt=".0f", vmin=low, vmax=100, cbar=False, linewidths=0.5, annot_kws={"fontsize": 8},
+        percent, ax=ax, annot=texts, fmt="", vmin=low, vmax=100, cbar=False, linewidths=0.5, annot_kws={"fontsize": 8},
         cmap="rocket" if good_is_high else "rocket_r",
     )  # fmt: skip
+    for row, column in np.argwhere(table.isna().to_numpy()):
+        ax.text(column + 0.5, row + 0.5, "–", ha="center", va="center", fontsize=8, color="gray")
     ax.set(xlabel="", ylabel="")
     ax.set_title(f"{title} (%)", fontsize=10)
     ax.tick_params(axis="y", rotation=0, labelsize=8)

@@ -181,20 +181,28 @@ def at_usual_budget(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def heatmap_figure(rows: pd.DataFrame) -> plt.Figure:
-    """ACC, ASR and DER of each method (row) under each attack (column), means over the seeds, at the most common budget."""
+    """ACC, ASR and DER of each method (row) under each attack (column), means over the seeds, at the most common budget.
+
+    A star is where the method gave up in some run, so that the network stayed as it was; a dash where it was not run.
+    """
     rows = at_usual_budget(all_five(rows))
     if rows.empty:
         return empty_figure()
     methods, attacks = rows["method"].unique(), list(rows["attack"].unique())
+    rows = rows.assign(gave_up=results.with_measures(rows).get("failed", 0) == 1)
+    cells = rows.pivot_table(index="method", columns="attack", values=["acc", "asr", "der", "gave_up"])
     # DER weighs what an attack lost, and the control has none.
     shown = {"acc": attacks, "asr": attacks, "der": [name for name in attacks if name != results.CONTROL]}
     widths = [len(columns) for columns in shown.values()]
-    size = (max(6.5, 2.4 + 0.37 * sum(widths)), 1.4 + 0.24 * len(methods))
+    size = (max(6.5, 2.4 + 0.37 * sum(widths)), 1.6 + 0.24 * len(methods))
     figure, axes = plt.subplots(1, 3, figsize=size, width_ratios=widths, layout="constrained", sharey=True)
     for (value, columns), ax in zip(shown.items(), axes, strict=True):
-        table = rows.pivot_table(index="method", columns="attack", values=value).reindex(index=methods, columns=columns)
-        figures.heatmap(table, ax, value.upper(), good_is_high=value != "asr", low=50 if value == "der" else 0)
+        table, starred = (cells[name].reindex(index=methods, columns=columns) for name in (value, "gave_up"))
+        figures.heatmap(
+            table, starred > 0, ax, value.upper(), good_is_high=value != "asr", low=50 if value == "der" else 0
+        )
     figure.suptitle(setting_title(rows, f"{rows['budget'].mode()[0]} clean images"), fontsize=10)
+    figure.supxlabel("* the method gave up in a run: the network stays as it was    – not run", fontsize=8)
     return figure
 
 

@@ -171,7 +171,8 @@ def paper_vs_ours(rows: pd.DataFrame, defense: str, attack: str) -> pd.DataFrame
                 "ACC": _mean_sd(row.acc, row.acc_sd),
                 "ASR": _mean_sd(row.asr, row.asr_sd),
                 "seeds": row.seeds,
-                "source or protocol": f"{row.variant}; {row.arch}; profile {row.profile}; target-class images left out of ASR",
+                "source or protocol": f"{row.variant}; {100 * row.poison_rate:g}% poisoned; {row.arch}; profile {row.profile}; "
+                "target-class images left out of ASR",
             }
         )
     return pd.DataFrame(lines)

@@ -281,16 +281,19 @@ def test_the_gallery_has_a_row_for_each_attack_with_its_facts():
     plt.close(figure)
 
 
-def test_a_heatmap_says_percent_and_leaves_unknown_cells_empty(ax):
+def test_a_heatmap_says_percent_with_stars_and_a_dash_where_nothing_is_known(ax):
     table = pd.DataFrame({"badnets": [0.05, 0.5], "sig": [0.995, None]}, index=["AWM", "FT"])
-    assert figures.heatmap(table, ax, "ASR", good_is_high=False) is ax
-    assert [text.get_text() for text in ax.texts] == ["5", "100", "50"] and ax.get_title() == "ASR (%)"
+    starred = pd.DataFrame({"badnets": [False, True], "sig": [False, False]}, index=["AWM", "FT"])
+    assert figures.heatmap(table, starred, ax, "ASR", good_is_high=False) is ax
+    assert [text.get_text() for text in ax.texts] == ["5", "100", "50*", "–"] and ax.get_title() == "ASR (%)"
+    assert ax.texts[-1].get_position() == (1.5, 1.5)  # the cell of FT and SIG
     cells = ax.collections[0].get_facecolors()[:, :3].sum(1)
     assert cells[1] < cells[2] < cells[0]  # the more success, the darker
 
 
 def test_a_heatmap_of_accuracy_is_dark_where_it_is_low(ax):
-    figures.heatmap(pd.DataFrame({"badnets": [0.1, 0.9]}, index=["AWM", "FT"]), ax, "ACC", good_is_high=True)
+    table = pd.DataFrame({"badnets": [0.1, 0.9]}, index=["AWM", "FT"])
+    figures.heatmap(table, table > 1, ax, "ACC", good_is_high=True)
     low, high = ax.collections[0].get_facecolors()[:, :3].sum(1)
     assert low < high
 
@@ -342,6 +345,16 @@ def test_the_heatmap_has_every_method_and_the_control_last(compared):
         "45",
     ]  # means over the seeds; budget 10 left out
     assert "200 clean images" in figure.get_suptitle() and "2 seeds" in figure.get_suptitle()
+    plt.close(figure)
+
+
+def test_the_heatmap_stars_a_method_that_gave_up_in_one_run_and_marks_what_was_not_run(compared):
+    one = (compared["defense"] == "anp") & (compared["attack"] == "badnets") & (compared["seed"] == 1)
+    gave_up = compared.assign(measures=compared["measures"].mask(one, json.dumps({"failed": 1.0})))
+    figure = report.heatmap_figure(gave_up[(gave_up["defense"] != "abl") | (gave_up["attack"] != "badnets")])
+    asr = {(text.get_position()[1], text.get_position()[0]): text.get_text() for text in figure.axes[1].texts}
+    badnets = [asr[row + 0.5, 1.5] for row in range(4)]  # no defense, FT, ANP, ABL
+    assert badnets == ["5", "25", "45*", "–"] and sum("*" in text for text in asr.values()) == 1
     plt.close(figure)
 
 

@@ -104,6 +104,12 @@ def test_paper_vs_ours_puts_printed_and_measured_side_by_side():
     assert table["source or protocol"].str.contains("arXiv").any()
 
 
+def test_settings_that_differ_in_the_poison_rate_alone_are_told_apart():
+    rows = results.table([row(poison_rate=rate) for rate in (0.1, 0.01, 0.005)])
+    ours = results.paper_vs_ours(rows, "awm", "blended").query("who == 'ours'")["source or protocol"]
+    assert [text.split("; ")[1] for text in ours] == ["10% poisoned", "1% poisoned", "0.5% poisoned"]
+
+
 def test_blended_with_a_picture_stands_beside_the_printed_blended():
     rows = results.table([row(defense="ft_sam", attack=name) for name in ("blended", "blended_picture")])
     tables = [results.paper_vs_ours(rows, "ft_sam", name) for name in ("blended", "blended_picture")]
