@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 
 import runall
-from bdlib import places, results
+from bdlib import compare, experiment, gpu, places, results
 
 ROOT = Path(__file__).parents[1]
 BANDS = pd.read_csv(ROOT / "tests" / "key_numbers.csv")
@@ -18,6 +19,8 @@ STORED = [(f"figures/{name.partition('_')[2]}_rows.csv", bands) for name, bands 
 STORED = [(path, bands) for path, bands in STORED if path != "figures/backdoors_rows.csv"]  # 00 has no sweeps
 STORED += list(BANDS[BANDS["measured"] != "here"].groupby("measured"))
 SEEDS = {0, 1, 2}
+# Measured with the settings that give the same bits on every x86-64 CPU with AVX2; the other files are older.
+SAME_BITS = [ROOT / "figures" / f"{name}_rows.csv" for name in ("awm", "linf_pruning", "ft_sam")]
 
 
 def derived(rows: pd.DataFrame) -> pd.DataFrame:
@@ -45,6 +48,15 @@ def outside(rows: pd.DataFrame, bands: pd.DataFrame) -> list[str]:
                 f"{band.notebook}, {band.where}: {band.quantity} {values.mean():.3f} is outside {band.low} to {band.high}: {band.why}"
             )
     return wrong
+
+
+def beside(rows: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:
+    """Each row that was also stored, of the same run with the same PyTorch on the same kind of device, and whether it is the same."""
+    both = rows.merge(stored, on=["notebook", *compare.KEY, "torch", "device"], suffixes=("", "_stored"))
+    measured = ["acc", "asr", "ra", "der", "acc_before", "asr_before", "ra_before", "asr_all_classes", "acc_non_target"]
+    return both.assign(
+        same=(both[measured].to_numpy() == both[[f"{name}_stored" for name in measured]].to_numpy()).all(1)
+    )
 
 
 def run(out: Path, *options: str) -> Path:
@@ -77,6 +89,26 @@ def test_the_main_job_keeps_the_claims(main_job, tmp_path):
         rows = pd.concat([rows, results.load(run(tmp_path, "--only", *missed, "--seed", *others) / "results.csv")])
         assert all(set(rows.query("notebook == @name")["seed"]) == SEEDS for name in missed)
     assert outside(rows, HERE) == []
+
+
+def test_the_main_job_gives_the_stored_numbers_again_to_the_last_digit(main_job):
+    same_bits = gpu.arithmetic(torch.device("cpu")) == "cpu, the same bits on all"
+    if not same_bits or torch.backends.cpu.get_cpu_capability() != "AVX2":
+        pytest.skip("the same bits need an x86-64 CPU with AVX2 and what `make test` sets")
+    both = beside(results.load(main_job / "results.csv"), results.load(*SAME_BITS))
+    if both.empty:
+        pytest.skip(
+            f"the stored rows are not of PyTorch {torch.__version__} on {experiment.describe_device(torch.device('cpu'))}"
+        )
+    assert set(both["notebook"]) == {"01_linf_pruning", "02_awm", "05_ft_sam"} and len(both) == 11
+    assert both["same"].all(), both.loc[~both["same"], ["notebook", "defense", "variant", "acc", "acc_stored"]]
+
+
+def test_a_last_digit_that_differs_is_seen():
+    stored = results.load(*SAME_BITS)
+    again = beside(stored.assign(acc=stored["acc"] + 1e-9 * (stored["seed"] == 1)), stored)
+    assert len(again) == len(stored) and set(again.loc[~again["same"], "seed"]) == {1}
+    assert beside(stored.assign(torch="2.0"), stored).empty
 
 
 def test_the_main_job_is_not_done_twice(main_job, capsys):
