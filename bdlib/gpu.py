@@ -27,9 +27,14 @@ SAME_BITS = {
 }
 
 
+def same_bits() -> bool:
+    """Whether this process was started with SAME_BITS."""
+    return all(os.environ.get(name) == value for name, value in SAME_BITS.items())
+
+
 def arithmetic(device: torch.device) -> str:
     """How `train.fit` computes there, for the keys of stored models: other arithmetic, other weights."""
-    if device.type == "cpu" and all(os.environ.get(name) == value for name, value in SAME_BITS.items()):
+    if device.type == "cpu" and same_bits():
         return "cpu, the same bits on all"
     return "cuda, bfloat16, compiled" if device.type == "cuda" else device.type
 

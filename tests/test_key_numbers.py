@@ -20,7 +20,7 @@ STORED = [(path, bands) for path, bands in STORED if path != "figures/backdoors_
 STORED += list(BANDS[BANDS["measured"] != "here"].groupby("measured"))
 SEEDS = {0, 1, 2}
 # Measured with the settings that give the same bits on every x86-64 CPU with AVX2; the other files are older.
-SAME_BITS = [ROOT / "figures" / f"{name}_rows.csv" for name in ("awm", "linf_pruning", "ft_sam")]
+REPEATABLE = [ROOT / "figures" / f"{name}_rows.csv" for name in ("awm", "linf_pruning", "ft_sam")]
 
 
 def derived(rows: pd.DataFrame) -> pd.DataFrame:
@@ -53,7 +53,7 @@ def outside(rows: pd.DataFrame, bands: pd.DataFrame) -> list[str]:
 def beside(rows: pd.DataFrame, stored: pd.DataFrame) -> pd.DataFrame:
     """Each row that was also stored, of the same run with the same PyTorch on the same kind of device, and whether it is the same."""
     both = rows.merge(stored, on=["notebook", *compare.KEY, "torch", "device"], suffixes=("", "_stored"))
-    measured = ["acc", "asr", "ra", "der", "acc_before", "asr_before", "ra_before", "asr_all_classes", "acc_non_target"]
+    measured = [*results.FRACTIONS, "measures"]
     return both.assign(
         same=(both[measured].to_numpy() == both[[f"{name}_stored" for name in measured]].to_numpy()).all(1)
     )
@@ -92,10 +92,9 @@ def test_the_main_job_keeps_the_claims(main_job, tmp_path):
 
 
 def test_the_main_job_gives_the_stored_numbers_again_to_the_last_digit(main_job):
-    same_bits = gpu.arithmetic(torch.device("cpu")) == "cpu, the same bits on all"
-    if not same_bits or torch.backends.cpu.get_cpu_capability() != "AVX2":
+    if not gpu.same_bits() or torch.backends.cpu.get_cpu_capability() != "AVX2":
         pytest.skip("the same bits need an x86-64 CPU with AVX2 and what `make test` sets")
-    both = beside(results.load(main_job / "results.csv"), results.load(*SAME_BITS))
+    both = beside(results.load(main_job / "results.csv"), results.load(*REPEATABLE))
     if both.empty:
         pytest.skip(
             f"the stored rows are not of PyTorch {torch.__version__} on {experiment.describe_device(torch.device('cpu'))}"
@@ -105,7 +104,7 @@ def test_the_main_job_gives_the_stored_numbers_again_to_the_last_digit(main_job)
 
 
 def test_a_last_digit_that_differs_is_seen():
-    stored = results.load(*SAME_BITS)
+    stored = results.load(*REPEATABLE)
     again = beside(stored.assign(acc=stored["acc"] + 1e-9 * (stored["seed"] == 1)), stored)
     assert len(again) == len(stored) and set(again.loc[~again["same"], "seed"]) == {1}
     assert beside(stored.assign(torch="2.0"), stored).empty
