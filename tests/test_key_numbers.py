@@ -20,7 +20,7 @@ STORED = [(path, bands) for path, bands in STORED if path != "figures/backdoors_
 STORED += list(BANDS[BANDS["measured"] != "here"].groupby("measured"))
 SEEDS = {0, 1, 2}
 # Measured with the settings that give the same bits on every x86-64 CPU with AVX2; the other files are older.
-REPEATABLE = [ROOT / "figures" / f"{name}_rows.csv" for name in ("awm", "linf_pruning", "ft_sam")]
+REPEATABLE = [ROOT / "figures" / f"{name}_rows.csv" for name in ("awm", "linf_pruning", "ft_sam", "rnp")]
 
 
 def derived(rows: pd.DataFrame) -> pd.DataFrame:
@@ -99,7 +99,7 @@ def test_the_main_job_gives_the_stored_numbers_again_to_the_last_digit(main_job)
         pytest.skip(
             f"the stored rows are not of PyTorch {torch.__version__} on {experiment.describe_device(torch.device('cpu'))}"
         )
-    assert set(both["notebook"]) == {"01_linf_pruning", "02_awm", "05_ft_sam"} and len(both) == 11
+    assert set(both["notebook"]) == {"01_linf_pruning", "02_awm", "03_rnp", "05_ft_sam"} and len(both) == 14
     assert both["same"].all(), both.loc[~both["same"], ["notebook", "defense", "variant", "acc", "acc_stored"]]
 
 
