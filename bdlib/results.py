@@ -114,6 +114,19 @@ def spread(rows: pd.DataFrame, value: str, index: str, columns: str) -> pd.DataF
     return texts.unstack(fill_value="").reindex(index=rows[index].unique(), columns=rows[columns].unique())
 
 
+def verdicts(rows: pd.DataFrame, limits: dict[str, tuple[float, float]], by: list[str]) -> pd.DataFrame:
+    """Lines of a claim: each quantity's mean over the rows of a group, "holds" if it lies within its limits and "fails" otherwise.
+
+    limits: quantity -> lowest and highest mean allowed.  A row a quantity, a column a group of `by`.
+    """
+    means = rows.groupby(by)[list(limits)].mean()
+    words = {
+        name: [f"{mean:.3f}, {'holds' if low <= mean <= high else 'fails'}" for mean in means[name]]
+        for name, (low, high) in limits.items()
+    }
+    return pd.DataFrame(words, index=means.index).T
+
+
 def percent(rows: pd.DataFrame) -> pd.DataFrame:
     """For the screen: every fraction in percent with one decimal, all other columns as they are."""
     return rows.assign(**{name: (100 * rows[name]).round(1) for name in FRACTIONS if name in rows})

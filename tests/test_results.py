@@ -121,6 +121,21 @@ def test_where_nothing_is_printed_it_says_so():
     assert table["ACC"].tolist() == ["not available", "0.0"] and "not available" in table["ASR"].tolist()
 
 
+def test_a_line_of_a_claim_holds_at_its_limits_and_fails_beyond():
+    rows = pd.DataFrame({"drawn": ["now", "now", "before"], "asr": [0.0, 0.2, 0.101], "acc": [0.9, 1.0, 0.5]})
+    lines = results.verdicts(rows, {"asr": (0, 0.1), "acc": (0.95, 1)}, ["drawn"])
+    assert lines["now"].to_dict() == {"asr": "0.100, holds", "acc": "0.950, holds"}
+    assert lines["before"].to_dict() == {"asr": "0.101, fails", "acc": "0.500, fails"}
+
+
+def test_a_quantity_that_was_not_measured_does_not_hold():
+    assert (
+        results.verdicts(pd.DataFrame({"drawn": ["now"], "asr": [float("nan")]}), {"asr": (0, 1)}, ["drawn"])
+        .loc["asr", "now"]
+        .endswith("fails")
+    )
+
+
 def test_percent_touches_fractions_alone():
     shown = results.percent(results.table([row(acc=0.12345, asr_before=0.5, seconds=0.5)]))
     assert (shown["acc"].iloc[0], shown["asr_before"].iloc[0], shown["seconds"].iloc[0]) == (12.3, 50, 0.5)
