@@ -3,6 +3,7 @@
 The run made here is the README's main job: runall.py at its defaults, one seed. On another CPU that seed is another draw.
 """
 
+import re
 from pathlib import Path
 
 import pandas as pd
@@ -79,6 +80,16 @@ def test_stored_rows_of_three_seeds_keep_the_claims(path, bands):
     assert len(outside(rows, fails)) == len(fails), (
         "a line of a claim that is said to fail holds now: say so in its notebook"
     )
+
+
+def test_the_readme_says_of_which_notebooks_a_line_fails():
+    readme = (ROOT / "README.md").read_text()
+    for name, bands in BANDS.groupby("notebook"):
+        said = re.search(rf"^\| \[{name}\].*\| ([^|]*) \|$", readme, re.M)[1]
+        fails = int((bands["verdict"] == "fails").sum())
+        assert said.split(":")[0] in (
+            {f"{fails} line{'s' * (fails > 1)} fail{'s' * (fails == 1)}"} if fails else {"holds", "none of its own"}
+        )
 
 
 @pytest.fixture(scope="session")
