@@ -35,9 +35,14 @@ HERE = re.compile(r"https?://(127\.0\.0\.1|localhost)[:/]|data:|blob:")
 # What JupyterLab 4 draws errors as, and what a cell writes to standard error.
 ERROR, STDERR = (f'[data-mime-type="application/vnd.jupyter.{kind}"]' for kind in ("error", "stderr"))
 DEAD = ("Error displaying widget", "Loading widget")
+INDICATOR = ".jp-Notebook-ExecutionIndicator"
 PROMPTS = "[...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].map(e => e.textContent.trim())"
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no browser: neither chromium nor google-chrome is installed")
+# Once in dozens of runs on a busy machine a page of JupyterLab stands still; what is wrong here fails twice.
+pytestmark = [
+    pytest.mark.skipif(CHROMIUM is None, reason="no browser: neither chromium nor google-chrome is installed"),
+    pytest.mark.flaky(reruns=1),
+]
 
 
 @pytest.fixture(scope="module")
@@ -183,7 +188,7 @@ def stored_cells(name):
 def open_notebook(page, address):
     """Open a notebook in JupyterLab and wait until its kernel and all of its cells are there."""
     page.goto(address)
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=2 * MINUTE)
+    page.wait_for_selector(f'{INDICATOR}[data-status="idle"]', timeout=2 * MINUTE)
     count = len(stored_cells(re.search(r"(\w+)\.ipynb", address).group(1)))
     page.wait_for_function(f"() => {PROMPTS}.length === {count}", timeout=MINUTE, polling=500)
 
@@ -194,10 +199,36 @@ def choose(page, menu, item):
     page.get_by_role("menuitem", name=item, exact=True).click()
 
 
+def run_by_menu(page, item):
+    """Click on an item of the menu "Run", and see that a cell waits or has run: a page that settles may swallow a click."""
+    begun = f"() => {PROMPTS}.some(prompt => prompt !== '[ ]:')"
+    choose(page, "Run", item)
+    try:
+        page.wait_for_function(begun, timeout=MINUTE / 2, polling=100)
+    except sync_api.TimeoutError:
+        screenshot(page, "click_swallowed")
+        choose(page, "Run", item)
+        page.wait_for_function(begun, timeout=MINUTE / 2, polling=100)
+
+
 def wait_for_cell(page, number, timeout):
-    """Wait until the code cell at this position has an execution number, or any cell has failed."""
-    done = f"() => /^\\[\\d+\\]/.test({PROMPTS}.at({number})) || document.querySelector('{ERROR}')"
-    page.wait_for_function(done, timeout=timeout, polling=500)  # an idle page draws no frames to look at
+    """Wait until the code cell at this position has an execution number, or any cell has failed; a dead kernel, too, ends it."""
+    ended = f"""() => /^\\[\\d+\\]/.test({PROMPTS}.at({number})) || document.querySelector('{ERROR}, .jp-Dialog')
+        || document.querySelector('{INDICATOR}').dataset.status.match(/dead|restarting|disconnected/)"""
+    try:
+        page.wait_for_function(ended, timeout=timeout, polling=500)  # an idle page draws no frames to look at
+    except sync_api.TimeoutError:
+        pytest.fail(f"code cell {number} did not run within {timeout / MINUTE:g} minutes.  {state(page)}")
+    assert page.locator(".jp-Dialog").count() == 0, state(page)
+    assert page.locator(INDICATOR).get_attribute("data-status") in ("idle", "busy"), state(page)
+
+
+def state(page):
+    """What a page that went wrong shows, for the message of a failed test; its picture is build/screenshots/failed.png."""
+    screenshot(page, "failed")
+    kernel, dialogs = page.locator(INDICATOR).get_attribute("data-status"), page.locator(".jp-Dialog").all_inner_texts()
+    said = page.locator(STDERR).all_inner_texts()[-3:]
+    return f"kernel: {kernel}; cells: {page.evaluate(PROMPTS)}; dialogs: {dialogs}; standard error: {said}"
 
 
 def complaints_of_cells(page):
@@ -228,7 +259,7 @@ def test_make_lab_opens_on_00_beside_the_other_notebooks(lab, page):
 def test_run_all_of_02_ends_without_an_error_and_shows_its_figures(lab, page):
     open_notebook(page, lab.notebook("empty/02_awm"))
     assert not pictures(page) and set(page.evaluate(PROMPTS)) == {"[ ]:"}
-    choose(page, "Run", "Run All Cells")
+    run_by_menu(page, "Run All Cells")
     wait_for_cell(page, -1, 20 * MINUTE)  # four when nothing else runs
     screenshot(page, "02_awm_last_cell")
     assert complaints_of_cells(page) == []
@@ -246,7 +277,7 @@ def test_moving_a_slider_of_the_panel_changes_what_is_shown(lab, page):
     editor = cell.locator(".jp-InputArea-editor")
     editor.click()
     expect(cell).to_have_class(re.compile("jp-mod-active"))  # or "above" may mean above another cell
-    choose(page, "Run", "Run All Above Selected Cell")
+    run_by_menu(page, "Run All Above Selected Cell")
     wait_for_cell(page, number - 1, 10 * MINUTE)
     editor.click()
     expect(cell).to_have_class(re.compile("jp-mod-active"))
