@@ -7,6 +7,7 @@ Nothing here changes the model.
 import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Self
 
 import pandas as pd
 import torch
@@ -85,12 +86,37 @@ def embeddings(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 def with_embedding(model: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits (B, C) and what the last nn.Linear saw (B, D), from one pass in the model's own mode."""
-    seen: list[torch.Tensor] = []
-    handle = last_linear(model).register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
-    try:
-        return model(images), seen[0]
-    finally:
-        handle.remove()
+    with WithEmbedding(model) as both:
+        return both(images)
+
+
+class WithEmbedding(nn.Module):
+    """The model, with its embedding (B, D) beside its logits (B, C), in a form that torch.compile takes; to be closed.
+
+    Raises ValueError if the model has no nn.Linear.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model, self.last = model, last_linear(model)
+        # Not a closure: torch.compile would take each for another program.
+        self.handle = self.last.register_forward_pre_hook(_keep)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        logits, embedding = self.model(images), self.last.seen
+        self.last.seen = None
+        return logits, embedding
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.handle.remove()
+        vars(self.last).pop("seen", None)
+
+
+def _keep(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    module.seen = inputs[0]
 
 
 def norm_inputs(model: nn.Module, images: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:

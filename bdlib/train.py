@@ -130,7 +130,7 @@ def fit(
 
     in_all = config.epochs * len(dataset)
     # An objective of one's own may look into the network, which a compiled one does not allow.
-    forward = gpu.compiled(model, device, in_all) if objective is cross_entropy else model
+    forward = gpu.compiled(model, device, in_all, batches.batch_size) if objective is cross_entropy else model
 
     def descend(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         with gpu.half(device):

@@ -10,6 +10,7 @@ from torch import nn
 
 from bdlib.defenses import cbd
 from bdlib.defenses.cbd import CbdConfig
+from bdlib.explain import WithEmbedding, with_embedding
 from bdlib.randomness import seeded
 from tests.conftest import same, state
 
@@ -95,7 +96,7 @@ class StandIn(nn.Module):
         super().__init__()
         StandIn.made, self.width, self.fits = self, width, 0
 
-    def fit(self, step, batches):
+    def fit(self, pairs, climb, batches):
         self.fits += 1
         return torch.tensor(float(self.fits))
 
@@ -287,7 +288,9 @@ def batch_of(images):
 
 
 def fit(critic, networks, batches):
-    return critic.fit(lambda images: critic.step(*networks, images), batches)
+    with WithEmbedding(networks[0]) as biased, WithEmbedding(networks[1]) as clean:
+        pairs = lambda images: cbd.embeddings(biased, clean, images)
+        return critic.fit(pairs, lambda images, *earlier: (critic.step(*earlier), *pairs(images)), batches)
 
 
 def test_step_3_the_critic_climbs_and_reports_its_mean(embedders, generator, monkeypatch):
@@ -367,7 +370,7 @@ def test_embedding_and_logits_are_from_one_pass(plain):
     model = make_smooth(torch.Generator())
     calls = []
     model.register_forward_hook(lambda *_: calls.append(1))
-    logits, embedding = cbd.with_embedding(model, plain.floats())
+    logits, embedding = with_embedding(model, plain.floats())
     assert torch.allclose(embedding, embedding_by_hand(model, plain.floats()), atol=1e-6) and len(calls) == 1
     assert torch.allclose(logits, model[3](embedding), atol=1e-6)
     assert not model[3]._forward_pre_hooks and embedding.requires_grad

@@ -127,6 +127,19 @@ def test_embeddings_are_what_the_classifier_embeds(arch):
     assert torch.allclose(seen, model.eval().embed(images), atol=1e-6) and not seen.requires_grad
 
 
+def test_logits_beside_the_embedding_are_compiled_whole_and_once_for_all_networks():
+    graphs = []
+    backend = lambda graph, inputs: graphs.append(graph) or graph.forward
+    torch._dynamo.reset()
+    for _ in range(2):
+        model, floats = build("preact_resnet18:4")
+        with explain.WithEmbedding(model.eval()) as both, torch.no_grad():
+            logits, embedding = torch.compile(both, dynamic=False, fullgraph=True, backend=backend)(floats)
+            assert torch.allclose(logits, model(floats), atol=1e-5)
+            assert torch.allclose(embedding, model.embed(floats), atol=1e-5)
+    assert len(graphs) == 1
+
+
 def test_the_last_linear_layer_or_an_error(network):
     two = nn.Sequential(nn.Flatten(), nn.Linear(192, 4), nn.Linear(4, 3))
     assert explain.last_linear(two) is two[2]

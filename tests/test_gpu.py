@@ -8,7 +8,7 @@ from torch import nn
 
 from bdlib import gpu, train
 from bdlib.defenses import anp, awm, cbd, ft_sam
-from bdlib.explain import SynthesisConfig, synthesize_trigger
+from bdlib.explain import SynthesisConfig, WithEmbedding, synthesize_trigger
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -25,7 +25,10 @@ def test_on_a_cpu_all_of_it_is_plain_pytorch(generator):
     ):
         group = made.param_groups[0]
         assert type(made) is kind and group["lr"] == 0.5 and not group["fused"] and not group.get("capturable")
-    assert gpu.compiled(weight, CPU, gpu.LONG) is weight
+    assert gpu.compiled(weight, CPU, gpu.LONG, 8) is weight
+    called = []
+    assert gpu.side_by_side(CPU, lambda: called.append(1) or "a", lambda: called.append(2) or "b") == ("a", "b")
+    assert called == [1, 2]
     with gpu.fastest_convolutions(CPU, gpu.LONG):
         assert not torch.backends.cudnn.benchmark
     with gpu.half(CPU):
@@ -77,6 +80,22 @@ def test_replays_do_what_the_step_does_for_every_shape_and_rate(make):
             scheduler.step()
         ends.append((weight.detach(), torch.stack(losses)))
     assert torch.allclose(ends[0][0], ends[1][0], atol=1e-6) and torch.allclose(ends[0][1], ends[1][1], atol=1e-6)
+
+
+@needs_gpu
+@pytest.mark.parametrize("make", [gpu.sgd, gpu.adam])
+def test_fused_optimizers_do_what_plain_ones_do_where_channels_lie_last(make):
+    start, images = torch.rand(6, 4, 3, 3), torch.rand(2, 4, 8, 8)
+    ends = []
+    for device in (CPU, CUDA):
+        weight = start.to(device, memory_format=torch.channels_last).requires_grad_(True)
+        optimizer = make([weight], device, lr=0.01)
+        for _ in range(3):
+            optimizer.zero_grad()
+            nn.functional.conv2d(images.to(device, torch.float64), weight.double()).square().mean().backward()
+            optimizer.step()
+        ends.append(weight.detach().cpu())
+    assert torch.allclose(*ends, atol=1e-5) and not torch.allclose(ends[0], start, atol=1e-3)
 
 
 @needs_gpu
@@ -146,7 +165,7 @@ def run(method, tiny, network, watch=iter):
     config = cbd.CbdConfig(
         batch_size=8, biased_epochs=2, epochs=3, lr=0.01, biased_lr=0.01, critic_lr=0.01, critic_dropout=0.0
     )
-    result = cbd.run(fresh, tiny, config, generator=source)
+    result = cbd.run(fresh, tiny, config, generator=source, watch=watch)
     return [*result.model.state_dict().values(), result.weights, result.critic]
 
 
@@ -157,15 +176,30 @@ def clone(network, start):
 
 
 @needs_gpu
-def test_a_long_training_is_compiled_and_ends_where_a_plain_one_does(tiny, placed, float32, monkeypatch):
-    expected = run("fit", tiny, placed)
+@pytest.mark.parametrize("method", ["fit", "cbd"])
+def test_a_long_training_is_compiled_and_ends_where_a_plain_one_does(tiny, placed, float32, monkeypatch, method):
+    expected = run(method, tiny, placed)
     compiled, compile_, tried = [], torch.compile, []
-    monkeypatch.setattr(torch, "compile", lambda model, **how: compiled.append(model) or compile_(model, **how))
+    monkeypatch.setattr(torch, "compile", lambda model, **how: compiled.append(type(model)) or compile_(model, **how))
     monkeypatch.setattr(gpu, "LONG", 3 * len(tiny))
     watch = lambda epochs: (tried.append(torch.backends.cudnn.benchmark) or epoch for epoch in epochs)
-    found = run("fit", tiny, placed, watch=watch)
-    assert placed in compiled and tried == [True] * 3 and not torch.backends.cudnn.benchmark
+    found = run(method, tiny, placed, watch=watch)
+    assert [kind for kind in compiled if issubclass(kind, nn.Module)] == {
+        "fit": [type(placed)],
+        "cbd": [WithEmbedding, WithEmbedding],
+    }[method]
+    assert tried == {"fit": [True] * 3, "cbd": [False] * 2 + [True] * 3}[method] and not torch.backends.cudnn.benchmark
     assert all(torch.allclose(a, b, atol=1e-3) for a, b in zip(found, expected, strict=True))
+
+
+@needs_gpu
+def test_side_by_side_gives_what_one_after_the_other_does():
+    many = [torch.rand(300, 300, device=CUDA) for _ in range(2)]
+    step = lambda *given: gpu.side_by_side(CUDA, *(lambda x=x: (x @ x).sin() @ x for x in given))
+    replay = gpu.replayed(step, CUDA)
+    for _ in range(8):
+        assert all(torch.equal(a, (x @ x).sin() @ x) for a, x in zip(replay(*many), many, strict=True))
+        many = [x.flip(0) for x in many]
 
 
 @needs_gpu
@@ -175,7 +209,7 @@ def test_without_a_compiler_training_goes_on(placed, monkeypatch, capsys):
 
     monkeypatch.setattr(torch, "compile", fail)
     monkeypatch.setattr(gpu, "_can_compile", gpu._can_compile.__wrapped__)
-    assert gpu.compiled(placed, CUDA, gpu.LONG) is placed
+    assert gpu.compiled(placed, CUDA, gpu.LONG, 8) is placed
     assert "Failed to find C compiler" in capsys.readouterr().out
 
 

@@ -22,11 +22,12 @@ from torch import nn
 from bdlib import gpu
 from bdlib.augment import cutout
 from bdlib.data import Dataset
-from bdlib.explain import last_linear, with_embedding
+from bdlib.explain import WithEmbedding, last_linear
 from bdlib.randomness import seeded
 from bdlib.train import SCHEDULES, Batches, MakeModel, Watch, lr_factor, require_finite
 
 LIPSCHITZ = ("root", "spectral")
+Network = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]  # images -> logits (B, C), embedding (B, D)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +150,9 @@ def train_biased(
     losses = torch.zeros(config.biased_epochs, len(train_set), device=device)
 
     def descend(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        images = augmented(images, config, batches.generator)
-        each = F.cross_entropy(model(images), labels, reduction="none")
+        with gpu.half(device):
+            logits = model(augmented(images, config, batches.generator))
+        each = F.cross_entropy(logits.float(), labels, reduction="none")
         optimizer.zero_grad()
         each.mean().backward()
         optimizer.step()
@@ -191,14 +193,21 @@ def train_clean(
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor(config.schedule, steps))
     weights = torch.zeros(config.epochs, len(train_set), device=device)
     estimates = torch.zeros(config.epochs, device=device)
-    with seeded(generator, device):
+    in_all = config.epochs * len(train_set)
+    with (
+        seeded(generator, device),
+        gpu.fastest_convolutions(device, in_all),
+        WithEmbedding(model) as f_c,
+        WithEmbedding(biased) as f_b,
+    ):
         critic = Critic(last_linear(model).in_features, config, device)
+        clean, known = (gpu.compiled(network, device, in_all, batches.batch_size) for network in (f_c, f_b))
 
         def descend(images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             images = augmented(images, config, batches.generator)
-            with torch.no_grad():
-                biased_logits, biased_embedding = with_embedding(biased, images)
-            logits, embedding = with_embedding(model, images)
+            (logits, embedding), (biased_logits, biased_embedding) = gpu.side_by_side(
+                device, lambda: outputs(clean, images), lambda: frozen(known, images)
+            )
             each = F.cross_entropy(logits, labels, reduction="none")
             weight = torch.ones_like(each)
             if config.reweight:
@@ -211,14 +220,18 @@ def train_clean(
             optimizer.step()
             return loss.detach(), weight
 
-        def climb(images: torch.Tensor) -> torch.Tensor:
-            return critic.step(biased, model, augmented(images, config, batches.generator))
+        def pairs(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return embeddings(known, clean, augmented(images, config, batches.generator))
+
+        def climb(images: torch.Tensor, *earlier: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            later, estimate = gpu.side_by_side(device, lambda: pairs(images), lambda: critic.step(*earlier))
+            return estimate, *later
 
         descend, climb = (gpu.replayed(step, device, [batches.generator]) for step in (descend, climb))
         for epoch in watch(range(config.epochs)):
             model.train()
             if config.mi_weight:
-                estimates[epoch] = critic.fit(climb, batches)
+                estimates[epoch] = critic.fit(pairs, climb, batches)
             total = torch.zeros((), device=device)
             for images, labels, picks in batches:
                 loss, weights[epoch, picks] = descend(images, labels)
@@ -226,6 +239,27 @@ def train_clean(
                 total += loss
             require_finite(total, f"epoch {epoch + 1} of CBD's f_C")
     return model.eval(), weights.cpu(), estimates.cpu()
+
+
+def outputs(network: Network, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (B, C) and embedding (B, D), float32 both; on a GPU the network computes them in bfloat16."""
+    with gpu.half(images.device):
+        logits, embedding = network(images)
+    return logits.float(), embedding.float()
+
+
+frozen = torch.no_grad()(outputs)
+
+
+def embeddings(biased: Network, clean: Network, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """f_B's and f_C's embedding of each image, (B, D) both, without gradient.
+
+    f_C in train(): its batch-norm statistics move in this pass too, as in the code.
+    """
+    (_, found), (_, known) = gpu.side_by_side(
+        images.device, lambda: frozen(clean, images), lambda: frozen(biased, images)
+    )
+    return known, found
 
 
 def sample_weights(biased_losses: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
@@ -256,20 +290,26 @@ class Critic(nn.Module):
         """E critic(r_i, z_i) - E critic(r_i, z_(i-1)): how much the pairing tells, a scalar."""
         return self(biased, clean).mean() - self(biased, clean.roll(1, 0)).mean()
 
-    def fit(self, step: Callable[[torch.Tensor], torch.Tensor], batches: Batches) -> torch.Tensor:
-        """Raise the estimate over one epoch by `step` on the images of each batch; the mean estimate, detached."""
-        total = torch.zeros((), device=self.second.weight.device)
+    def fit(self, pairs: Callable[..., tuple], climb: Callable[..., tuple], batches: Batches) -> torch.Tensor:
+        """Raise the estimate over one epoch, a step a batch; the mean estimate, detached.
+
+        pairs: images -> `embeddings`; climb: images, the pairs of earlier ones -> what `step` says of those, the pairs of these.
+        A GPU does both at once: f_C does not change in this epoch, so its embeddings need not wait for the critic.
+        """
+        total, pair = torch.zeros((), device=self.second.weight.device), None
         for images, _, _ in batches:
-            total += step(images)
+            if pair is None:
+                pair = pairs(images)
+            else:
+                estimate, *pair = climb(images, *pair)
+                total += estimate
+        total += self.step(*pair)
         self.scheduler.step()
         return total / len(batches)
 
-    def step(self, biased: nn.Module, model: nn.Module, images: torch.Tensor) -> torch.Tensor:
-        """Raise the estimate on a batch, the critic kept smooth; the estimate before it, detached."""
-        with torch.no_grad():
-            # f_C in train(): its batch-norm statistics move in this pass too, as in the code.
-            pair = with_embedding(biased, images)[1], with_embedding(model, images)[1]
-        estimate = self.estimate(*pair)
+    def step(self, biased: torch.Tensor, clean: torch.Tensor) -> torch.Tensor:
+        """Raise the estimate on the pairs of a batch, the critic kept smooth; the estimate before it, detached."""
+        estimate = self.estimate(biased, clean)
         self.optimizer.zero_grad()
         (-self.config.mi_weight * estimate).backward()
         self.optimizer.step()
@@ -293,16 +333,16 @@ def largest_singular_value(matrix: torch.Tensor) -> torch.Tensor:
     return matrix.norm() if min(matrix.shape) == 1 else norm_by_powers(matrix)
 
 
-def norm_by_powers(matrix: torch.Tensor, squarings: int = 11) -> torch.Tensor:
-    """|A^p|_F^(1 / 2p) for A = W W^T and p = 2^squarings: the largest singular value s of W, or up to min(M, N)^(1 / 4p) s."""
+def norm_by_powers(matrix: torch.Tensor, rounds: int = 3) -> torch.Tensor:
+    """|A^p|_F^(1 / 2p) for A = W W^T and p = 16^rounds: the largest singular value s of W, or up to min(M, N)^(1 / 4p) s."""
     power = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
-    sizes = []
-    for _ in range(squarings + 1):
-        sizes.append(power.norm() + 1e-30)
-        power = power / sizes[-1]
-        power = power @ power
-    halvings = 2.0 ** -torch.arange(1, squarings + 2, device=matrix.device)
-    return (torch.stack(sizes).log() * halvings).sum().exp()
+    norm = power.norm().sqrt()
+    for number in range(1, rounds + 1):
+        power = power / (power.norm() + 1e-30)  # now its largest eigenvalue is 1 / sqrt(min(M, N)) at least
+        for _ in range(4):
+            power = power @ power
+        norm = norm * power.norm() ** (0.5 / 16**number)
+    return norm
 
 
 def augmented(images: torch.Tensor, config: CbdConfig, generator: torch.Generator) -> torch.Tensor:
