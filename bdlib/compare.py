@@ -170,21 +170,29 @@ def detection(lab: Lab, *, watch: Watch = experiment.progress) -> dict[str, floa
 
     nc: largest anomaly index of Neural Cleanse; rnp: largest share of clean images that the unlearned network calls one class (1/C at
     random); clp: how many deviations the largest Lipschitz bound lies above its layer's mean.  Each is higher for a suspect network.
-    nc_right, rnp_right: 1 where the class that the method names is the attacker's.
+    nc_right, rnp_right: 1 where the class that the method names is the attacker's.  Without rnp where its unlearning gave up.
     """
     source, target_label = held(lab), lab.setting.target_label
     inverted = nc.run(
         lab.model, lab.clean, nc.recipe(source.budget), generator=lab.setting.generator("nc"), watch=watch
     )
-    unlearned = rnp.unlearn(
-        lab.model, lab.clean, rnp.recipe(lab.model, source.budget), generator=lab.setting.generator("rnp"), watch=watch
-    )
-    label, shares = rnp.suspected_label(unlearned, lab.clean)
+    said = {}
+    try:
+        unlearned = rnp.unlearn(
+            lab.model,
+            lab.clean,
+            rnp.recipe(lab.model, source.budget),
+            generator=lab.setting.generator("rnp"),
+            watch=watch,
+        )
+        label, shares = rnp.suspected_label(unlearned, lab.clean)
+        said = {"rnp": shares.max().item(), "rnp_right": float(label == target_label)}
+    except NoResult as error:
+        print(f"rnp says nothing of this network: {error}")
     bounds = clp.channel_bounds(lab.model, lab.clean.floats()[:1]).values()
     return {
         "nc": inverted.indices.max().item(),
         "nc_right": float(inverted.indices.argmax() == target_label),
-        "rnp": shares.max().item(),
-        "rnp_right": float(label == target_label),
+        **said,
         "clp": max(((bound - bound.mean()) / bound.std()).max().item() for bound in bounds),
     }

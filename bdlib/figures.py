@@ -242,12 +242,15 @@ def draws(rows: pd.DataFrame, ax: Axes) -> Axes:
 
 
 def roc(truth: pd.Series, scores: dict[str, pd.Series], ax: Axes) -> Axes:
-    """ROC curve of each score, higher where a network is more suspect; truth: 1 = backdoored."""
+    """ROC curve of each score, higher where a network is more suspect, over those that have it; truth: 1 = backdoored."""
     from sklearn.metrics import roc_auc_score, roc_curve
 
     for (name, score), color, style in zip(scores.items(), _PALETTE, ("-", "--", ":"), strict=False):
-        called, found, _ = roc_curve(truth, score)
-        label = f"{name}, AUROC {roc_auc_score(truth, score):.2f}"
+        known = score.notna()
+        called, found, _ = roc_curve(truth[known], score[known])
+        label = f"{name}, AUROC {roc_auc_score(truth[known], score[known]):.2f}" + f" of {known.sum()}" * (
+            not known.all()
+        )
         ax.plot(called, found, label=label, color=color, linestyle=style)
     ax.plot([0, 1], [0, 1], color=COLORS["no defense"], linewidth=0.8)
     ax.set(xlabel="clean networks called backdoored (share)", ylabel="backdoored networks found (share)")

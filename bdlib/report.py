@@ -209,9 +209,11 @@ def heatmap_figure(rows: pd.DataFrame) -> plt.Figure:
 def removals(rows: pd.DataFrame) -> pd.DataFrame:
     """From how many networks each method removes the backdoor, by dataset and attack: "2 of 3"; a star: also as a mean over them.
 
-    Removed, as 06 claims it: ASR at most 20%, at most 10 points of accuracy lost.  Last column: whether the method has a star.
+    Removed, as 06 claims it: ASR at most 20% where it was 80% or more, at most 10 points of accuracy lost.  Networks in which the
+    attack is planted worse are left out: to take it from them says little.  Last column: whether the method has a star.
     rows: of attacked networks, as `all_five` gives them.
     """
+    rows = rows[rows["asr_before"] >= 0.8]
 
     def removed(left: pd.DataFrame) -> pd.Series:
         return (left["asr"] <= 0.2) & (left["drop"] <= 0.1)

@@ -158,7 +158,7 @@ def test_the_control_is_the_network_without_the_attack(lab, counted):
     assert counted[0][1].train_set is lab.train
 
 
-def test_detection_reads_the_three_methods(lab, monkeypatch):
+def test_detection_reads_the_three_methods_and_goes_on_where_rnp_gives_up(lab, monkeypatch, capsys):
     size = {label: 20.0 + label for label in range(10)} | {0: 1.0}
     found = compare.nc.NcResult(lab.model, (), compare.nc.anomaly_indices(torch.tensor(list(size.values()))), (0,))
     monkeypatch.setattr(compare.nc, "run", lambda *rest, **named: found)
@@ -173,6 +173,14 @@ def test_detection_reads_the_three_methods(lab, monkeypatch):
     assert seen["clp"] == pytest.approx(1.5)  # (5 - 2) / 2
     elsewhere = replace(lab, setting=replace(lab.setting, target_label=3))
     assert compare.detection(elsewhere)["rnp_right"] == 1.0
+
+    def give_up(*rest, **named):
+        raise NoResult("unlearning reached a clean accuracy of 0.225")
+
+    monkeypatch.setattr(compare.rnp, "unlearn", give_up)
+    left = compare.detection(lab)
+    assert left == {name: value for name, value in seen.items() if "rnp" not in name}
+    assert "rnp says nothing of this network: unlearning reached" in capsys.readouterr().out
 
 
 def test_a_run_that_was_cut_off_goes_on(lab, counted, monkeypatch, tmp_path):

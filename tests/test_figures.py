@@ -365,18 +365,18 @@ def test_budget_curves_are_of_methods_with_more_than_one_budget(compared):
 
 
 def test_removals_count_networks_and_star_the_means_within_the_claims_bounds():
-    def of(method, attack, asr, lost=0.0):
-        return [
-            {"method": method, "dataset": "signs", "attack": attack, "asr": left, "drop": lost, "seed": seed}
-            for seed, left in enumerate(asr)
-        ]  # fmt: skip
+    def of(method, attack, asr, lost=0.0, before=0.8):
+        same = {"method": method, "dataset": "signs", "attack": attack, "asr_before": before, "drop": lost}
+        return [same | {"asr": left, "seed": seed} for seed, left in enumerate(asr)]
 
     runs = of("A", "badnets", (0.0, 0.1, 0.9)) + of("A", "lf", (0.0, 0.0, 0.5)) + of("B", "lf", (0.1, 0.2, 0.19), 0.11)
     table = report.removals(pd.DataFrame(runs + of("B", "badnets", (0.2, 0.2), 0.09)))
     assert table[("signs", "badnets")].to_dict() == {"A": "2 of 3", "B": "2 of 2 *"}
     assert table[("signs", "lf")].to_dict() == {"A": "2 of 3 *", "B": "0 of 3"}  # B costs too much
     assert table[("all", "verdict")].to_dict() == {"A": "removes at least one", "B": "removes at least one"}
-    assert report.removals(pd.DataFrame(runs))[("all", "verdict")]["B"] == "removes none"
+    hardly_planted = pd.DataFrame(runs + of("B", "wanet", (0.0,), before=0.79))
+    assert report.removals(hardly_planted).equals(report.removals(pd.DataFrame(runs)))
+    assert report.removals(hardly_planted)[("all", "verdict")]["B"] == "removes none"
 
 
 def test_draws_are_the_runs_that_every_set_has_each_a_point_at_its_asr(compared):
@@ -419,6 +419,16 @@ def test_the_roc_tells_backdoored_from_clean_networks(compared):
         "CLP, largest outlier, AUROC 0.50",
     ]
     assert figure.axes[0].get_title() == "4 backdoored and 2 clean networks"
+    plt.close(figure)
+    gave_up = networks.index[-1]
+    measures = {
+        name: value for name, value in json.loads(compared.loc[gave_up, "measures"]).items() if "rnp" not in name
+    }
+    compared.loc[gave_up, "measures"] = json.dumps(measures)
+    figure = report.FIGURES["all_five"]["detection"](compared)
+    assert "RNP, share of one class, AUROC 0.50 of 5" in [
+        text.get_text() for text in figure.axes[0].get_legend().get_texts()
+    ]
     plt.close(figure)
 
 
