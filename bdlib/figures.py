@@ -248,9 +248,9 @@ def roc(truth: pd.Series, scores: dict[str, pd.Series], ax: Axes) -> Axes:
     for (name, score), color, style in zip(scores.items(), _PALETTE, ("-", "--", ":"), strict=False):
         known = score.notna()
         called, found, _ = roc_curve(truth[known], score[known])
-        label = f"{name}, AUROC {roc_auc_score(truth[known], score[known]):.2f}" + f" of {known.sum()}" * (
-            not known.all()
-        )
+        label = f"{name}, AUROC {roc_auc_score(truth[known], score[known]):.2f}"
+        if not known.all():
+            label += f" of {known.sum()}"
         ax.plot(called, found, label=label, color=color, linestyle=style)
     ax.plot([0, 1], [0, 1], color=COLORS["no defense"], linewidth=0.8)
     ax.set(xlabel="clean networks called backdoored (share)", ylabel="backdoored networks found (share)")

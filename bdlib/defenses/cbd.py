@@ -248,7 +248,10 @@ def outputs(network: Network, images: torch.Tensor) -> tuple[torch.Tensor, torch
     return logits.float(), embedding.float()
 
 
-frozen = torch.no_grad()(outputs)
+@torch.no_grad()
+def frozen(network: Network, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same without gradient."""
+    return outputs(network, images)
 
 
 def embeddings(biased: Network, clean: Network, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
