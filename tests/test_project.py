@@ -108,8 +108,7 @@ def test_the_readmes_table_is_that_of_the_measured_rows():
     table = re.search(r"^\| ACC / ASR, % .*?\n\n", text, re.M | re.S).group()
     lines = [re.split(r" *\| *", line)[1:-1] for line in table.strip().splitlines()[2:]]
     shown = {
-        name: [tuple(map(float, cell.split(" / "))) if "/" in cell else cell for cell in cells]
-        for name, *cells in lines
+        name: [tuple(map(float, cell.split("/"))) if "/" in cell else cell for cell in cells] for name, *cells in lines
     }
     rows = results.load(ROOT / "figures" / "paper_cifar10_jpeg.csv").query(
         "variant == 'default' and budget == 500 and seed == 0"
