@@ -176,15 +176,9 @@ def detection(lab: Lab, *, watch: Watch = experiment.progress) -> dict[str, floa
     inverted = nc.run(
         lab.model, lab.clean, nc.recipe(source.budget), generator=lab.setting.generator("nc"), watch=watch
     )
-    said = {}
+    said, config = {}, rnp.recipe(lab.model, source.budget)
     try:
-        unlearned = rnp.unlearn(
-            lab.model,
-            lab.clean,
-            rnp.recipe(lab.model, source.budget),
-            generator=lab.setting.generator("rnp"),
-            watch=watch,
-        )
+        unlearned = rnp.unlearn(lab.model, lab.clean, config, generator=lab.setting.generator("rnp"), watch=watch)
         label, shares = rnp.suspected_label(unlearned, lab.clean)
         said = {"rnp": shares.max().item(), "rnp_right": float(label == target_label)}
     except NoResult as error:

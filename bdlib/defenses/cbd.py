@@ -339,12 +339,14 @@ def largest_singular_value(matrix: torch.Tensor) -> torch.Tensor:
 def norm_by_powers(matrix: torch.Tensor, rounds: int = 3) -> torch.Tensor:
     """|A^p|_F^(1 / 2p) for A = W W^T and p = 16^rounds: the largest singular value s of W, or up to min(M, N)^(1 / 4p) s."""
     power = matrix @ matrix.T if len(matrix) <= matrix.shape[1] else matrix.T @ matrix
-    norm = power.norm().sqrt()
+    size = power.norm()
+    norm = size.sqrt()
     for number in range(1, rounds + 1):
-        power = power / (power.norm() + 1e-30)  # now its largest eigenvalue is 1 / sqrt(min(M, N)) at least
+        power = power / (size + 1e-30)  # now its largest eigenvalue is 1 / sqrt(min(M, N)) at least
         for _ in range(4):
             power = power @ power
-        norm = norm * power.norm() ** (0.5 / 16**number)
+        size = power.norm()
+        norm = norm * size ** (0.5 / 16**number)
     return norm
 
 
