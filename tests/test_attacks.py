@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bdlib import data, experiment, models, poison, profiles, train
+from bdlib import data, experiment, gpu, models, poison, profiles, train
 from bdlib.attacks import catalog, input_aware, label_consistent, lira, pattern, ssba, wanet
 from bdlib.attacks.attacker import Attacker
 from bdlib.poison import Attack
@@ -202,7 +202,7 @@ def test_input_aware_masks_become_small_then_stay(attacker, monkeypatch, untouch
     with torch.no_grad():
         dynamic.mask.last.bias += 0.3
         wide = dynamic.masks(images).mean()
-    input_aware._fit_masks(dynamic, batches, epochs=12)
+    input_aware._fit_masks(dynamic, batches, CPU, epochs=12)
     narrow = dynamic.masks(images).mean()
     assert wide > 0.5 > narrow
     monkeypatch.setattr(input_aware, "_fit_masks", lambda *args, **named: None)
@@ -210,6 +210,15 @@ def test_input_aware_masks_become_small_then_stay(attacker, monkeypatch, untouch
     input_aware.fit(dynamic, attacker)
     assert same(masks, state(dynamic.mask)) and not same(patterns, state(dynamic.pattern))
     assert not same(classifier, state(dynamic.classifier)) and not dynamic.training
+
+
+@pytest.mark.parametrize(("usual", "used"), [(0.05, 0.05), (0.2, 0.1)])
+def test_input_aware_trains_its_classifier_at_the_usual_rate_up_to_a_limit(attacker, monkeypatch, usual, used):
+    rates, sgd = [], gpu.sgd
+    monkeypatch.setattr(gpu, "sgd", lambda *args, lr, **named: rates.append(lr) or sgd(*args, lr=lr, **named))
+    attacker = dataclasses.replace(attacker, training=TrainConfig(epochs=1, batch_size=16, lr=usual))
+    input_aware.fit(input_aware.build(attacker), attacker)
+    assert rates == [used]
 
 
 def test_input_aware_trains_on_own_foreign_and_clean_images(dynamic, attacker, monkeypatch):
