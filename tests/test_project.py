@@ -7,7 +7,7 @@ import tomllib
 import pytest
 import yaml
 
-from bdlib import figures, gpu, grid, profiles, results
+from bdlib import figures, gpu, grid, paper, profiles, results
 from tests.stored import NOTEBOOKS, ROOT, cells, source
 
 CONDA_NAMES = {"torch": "pytorch"}
@@ -116,9 +116,8 @@ def test_the_readmes_table_is_that_of_the_measured_rows():
     measured = {}
     for defense, part in rows.groupby("defense"):
         by_attack = 100 * part.set_index("attack")[["acc", "asr"]]
-        attacks = (*"badnets blended blended_picture sig trojannn lf wanet label_consistent input_aware".split(),)
         measured[figures.method_name(defense, "default")] = [
             pytest.approx(tuple(by_attack.loc[name]), abs=0.0501) if name in by_attack.index else "not run"
-            for name in attacks
+            for name in paper.ATTACKS
         ]
     assert shown == measured and set(rows["device"]) == {"NVIDIA H200"}
