@@ -137,8 +137,8 @@ def _joint_loss(trigger: InputAware, images: torch.Tensor, labels: torch.Tensor,
     wanted = torch.cat([attacker.wanted(labels[:poisoned]), labels[poisoned:]])
     diversity = _closeness(images[:poisoned], images[:poisoned].roll(1, 0), patterns, patterns.roll(1, 0))
     with gpu.half(attacker.device):
-        misled = F.cross_entropy(trigger.classifier(mixed), wanted)
-    return misled + DIVERSITY_WEIGHT * diversity
+        loss = F.cross_entropy(trigger.classifier(mixed), wanted)
+    return loss + DIVERSITY_WEIGHT * diversity
 
 
 def _closeness(x1: torch.Tensor, x2: torch.Tensor, p1: torch.Tensor, p2: torch.Tensor) -> torch.Tensor:
