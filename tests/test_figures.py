@@ -379,7 +379,7 @@ def test_removals_count_networks_and_star_the_means_within_the_claims_bounds():
     assert report.removals(hardly_planted)[("all", "verdict")]["B"] == "removes none"
 
 
-def test_draws_are_the_runs_that_every_set_has_each_a_point_at_its_asr(compared):
+def test_draws_are_the_runs_that_both_sets_have_each_a_point_at_its_asr(compared):
     again = compared[(compared["seed"] == 0) & (compared["defense"] != "fine_tuning")]
     figure = report.draws_figure(
         report.common_runs({"one CPU": compared, "another CPU": again.assign(asr=again["asr"] + 0.05)})
@@ -393,6 +393,12 @@ def test_draws_are_the_runs_that_every_set_has_each_a_point_at_its_asr(compared)
     assert legends[:2] == [None, None]
     assert [text.get_text() for text in legends[2].get_texts()] == ["one CPU", "another CPU"]
     plt.close(figure)
+
+
+def test_draws_of_a_run_that_two_of_three_sets_have_are_shown(compared):
+    sets = {"one": compared, "another": compared[compared["seed"] == 0], "none": compared[:0]}
+    runs = report.common_runs(sets)
+    assert set(runs["draw"]) == {"one", "another"} and set(runs["seed"]) == {0}
 
 
 def test_draws_without_a_run_in_common_say_so(compared):
