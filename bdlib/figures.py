@@ -229,11 +229,11 @@ def costs(rows: pd.DataFrame, ax: Axes, x: str, xlabel: str, scale: str) -> Axes
     return ax
 
 
-def draws(rows: pd.DataFrame, ax: Axes) -> Axes:
-    """ASR of every run in percent, a line for each `method`, side by side in it a color for each `draw`."""
+def draws(rows: pd.DataFrame, order: list[str], ax: Axes) -> Axes:
+    """ASR of every run in percent, a line for each `method`, side by side in it a color for each `draw`, in this order."""
     rows = rows.assign(asr=100 * rows["asr"])
     sns.stripplot(
-        rows, x="asr", y="method", hue="draw", palette=[_PALETTE[k] for k in (0, 3, 2, 4)][: rows["draw"].nunique()],
+        rows, x="asr", y="method", hue="draw", hue_order=order, palette=[_PALETTE[k] for k in (0, 3, 2, 4)][: len(order)],
         dodge=True, jitter=False, size=5, alpha=0.7, ax=ax,
     )  # fmt: skip
     ax.set(xlim=(-4, 104), xlabel=METRICS["asr"], ylabel="")

@@ -230,8 +230,9 @@ def removals(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def common_runs(sets: dict[str, pd.DataFrame]) -> pd.DataFrame:
-    """The runs of 06 at the most common budget that two or more sets of rows have, from each of these; column `draw`: the set."""
+    """The runs of 06 on attacked networks, at the most common budget, that two or more sets have, from each; `draw`: the set."""
     rows = pd.concat([at_usual_budget(all_five(part)).assign(draw=name) for name, part in sets.items()])
+    rows = rows[rows["attack"] != results.CONTROL]
     in_sets = rows.groupby(["dataset", "arch", "method", "attack", "budget", "seed"])["draw"].transform("nunique")
     return rows[in_sets > 1]
 
@@ -244,7 +245,7 @@ def draws_figure(runs: pd.DataFrame) -> plt.Figure:
     size = (1.5 + 2.6 * len(attacks), 1.1 + 0.28 * runs["method"].nunique())
     figure, axes = plt.subplots(1, len(attacks), figsize=size, layout="constrained", sharey=True, squeeze=False)
     for attack, ax in zip(attacks, axes[0], strict=True):
-        figures.draws(runs[runs["attack"] == attack], ax)
+        figures.draws(runs[runs["attack"] == attack], list(runs["draw"].unique()), ax)
         ax.set_title(attack, fontsize=10)
         if ax is not axes[0, -1]:
             ax.get_legend().remove()

@@ -384,14 +384,16 @@ def test_draws_are_the_runs_that_both_sets_have_each_a_point_at_its_asr(compared
     figure = report.draws_figure(
         report.common_runs({"one CPU": compared, "another CPU": again.assign(asr=again["asr"] + 0.05)})
     )
-    assert [ax.get_title() for ax in figure.axes] == ["blended", "badnets", "no attack"]
+    assert [ax.get_title() for ax in figure.axes] == [
+        "blended",
+        "badnets",
+    ]  # there is nothing to remove from the control
     points = [float(x) for drawn in figure.axes[0].collections for x, _ in drawn.get_offsets()]
     # No defense, ANP and ABL, each once a set; FT, the second seed and the other budget are in one set alone or not shown.
     assert points == pytest.approx([0, 5, 40, 45, 80, 85])
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["no defense", "ANP", "ABL"]
     legends = [ax.get_legend() for ax in figure.axes]
-    assert legends[:2] == [None, None]
-    assert [text.get_text() for text in legends[2].get_texts()] == ["one CPU", "another CPU"]
+    assert legends[0] is None and [text.get_text() for text in legends[1].get_texts()] == ["one CPU", "another CPU"]
     plt.close(figure)
 
 
@@ -399,6 +401,17 @@ def test_draws_of_a_run_that_two_of_three_sets_have_are_shown(compared):
     sets = {"one": compared, "another": compared[compared["seed"] == 0], "none": compared[:0]}
     runs = report.common_runs(sets)
     assert set(runs["draw"]) == {"one", "another"} and set(runs["seed"]) == {0}
+
+
+def test_each_panel_of_draws_has_the_same_colors_and_the_legend_all_of_them(compared):
+    one = compared[compared["attack"] == "blended"]
+    figure = report.draws_figure(report.common_runs({"one": one, "another": compared, "a third": compared}))
+    assert [text.get_text() for text in figure.axes[-1].get_legend().get_texts()] == ["one", "another", "a third"]
+    colors = [
+        {tuple(drawn.get_facecolors()[0]) for drawn in ax.collections if len(drawn.get_offsets())} for ax in figure.axes
+    ]
+    assert len(colors[0]) == 3 and len(colors[1]) == 2 and colors[1] < colors[0]
+    plt.close(figure)
 
 
 def test_draws_without_a_run_in_common_say_so(compared):

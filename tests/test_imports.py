@@ -17,7 +17,7 @@ ALLOWED = {
     "augment": set(),
     "gpu": set(),
     "triggers": set(),
-    "attacks": {"augment", "data", "explain", "randomness", "train", "triggers"},
+    "attacks": {"augment", "data", "explain", "gpu", "randomness", "train", "triggers"},
     "results": {"files"},
     "figures": {"files"},
     "locks": {"files"},
