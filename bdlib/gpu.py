@@ -21,8 +21,8 @@ LONG = 1_000_000  # images of a training, about, that pay for the time it takes 
 _COMPILE = {"max_autotune_pointwise": True, "combo_kernels": True}
 _BEFORE = 3  # calls before a step is recorded: libraries choose their kernels, optimizers make their buffers
 
-# What the Makefile sets so that every x86-64 CPU with AVX2 gives the same bits (benchmarks/same_bits.py).  MKL takes other ways on
-# Intel's and AMD's CPUs with every other MKL_CBWR (its developer guide, "Specifying Code Branches").
+# What the Makefile sets so that SGD gives the same bits on every x86-64 CPU with AVX2; Adam does not (benchmarks/same_bits.py).  MKL
+# takes other ways on Intel's and AMD's CPUs with every other MKL_CBWR (its developer guide, "Specifying Code Branches").
 SAME_BITS = {
     "OMP_NUM_THREADS": "1",
     "ATEN_CPU_CAPABILITY": "avx2",
