@@ -241,11 +241,11 @@ def draws_figure(runs: pd.DataFrame) -> plt.Figure:
     """ASR of every run, a panel for each attack and a color for each `draw`: how much of a mean over seeds is chance."""
     if runs.empty:
         return empty_figure()
-    attacks = runs["attack"].unique()
+    attacks, order = runs["attack"].unique(), list(runs["draw"].unique())
     size = (1.5 + 2.6 * len(attacks), 1.1 + 0.28 * runs["method"].nunique())
     figure, axes = plt.subplots(1, len(attacks), figsize=size, layout="constrained", sharey=True, squeeze=False)
     for attack, ax in zip(attacks, axes[0], strict=True):
-        figures.draws(runs[runs["attack"] == attack], list(runs["draw"].unique()), ax)
+        figures.draws(runs[runs["attack"] == attack], order, ax)
         ax.set_title(attack, fontsize=10)
         if ax is not axes[0, -1]:
             ax.get_legend().remove()

@@ -4,10 +4,8 @@
     python -m benchmarks.same_bits
     qemu-x86_64 -cpu EPYC-Rome .venv/bin/python -m benchmarks.same_bits        another CPU, emulated: a quarter of an hour
 
-Prints what stands in benchmarks/same_bits.csv behind the name of the CPU.  Its last two columns are hashes after five steps of Adam,
-plain and fused:
-
-    python -c "from benchmarks import same_bits; print(same_bits.adam(), same_bits.adam(fused=True))"
+Prints what stands in benchmarks/same_bits.csv behind the name of the CPU; the last two columns are hashes after five steps of Adam,
+plain and fused.
 
 PyTorch takes a square root by MKL's vector functions.  On an AMD EPYC with AVX-512 these end otherwise than on the emulated CPUs, in
 the last bit of every seventh number, and heed none of the settings.  So does plain Adam; fused, it takes the CPU's own root.
@@ -15,6 +13,7 @@ the last bit of every seventh number, and heed none of the settings.  So does pl
 
 import hashlib
 import os
+from collections.abc import Iterable
 
 import torch
 
@@ -27,11 +26,9 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     model = models.build("preact_resnet18:8", some.images, len(some.classes), generator=generator)
     train.fit(model, some, train.TrainConfig(epochs=2, batch_size=32, lr=0.1), generator=generator)
-    digest = hashlib.sha256()
-    for value in model.state_dict().values():
-        digest.update(value.contiguous().numpy().tobytes())
     settings = " ".join(f"{name}={os.environ[name]}" for name in gpu.SAME_BITS if name in os.environ) or "none"
-    print(settings, torch.backends.cpu.get_cpu_capability(), torch.__version__, digest.hexdigest()[:12], sep=",")
+    hashes = digest(model.state_dict().values()), adam(), adam(fused=True)
+    print(settings, torch.backends.cpu.get_cpu_capability(), torch.__version__, *hashes, sep=",")
 
 
 def adam(*, fused: bool = False) -> str:
@@ -43,7 +40,14 @@ def adam(*, fused: bool = False) -> str:
     for _ in range(5):
         weight.grad = weight.detach() - goal
         optimizer.step()
-    return hashlib.sha256(weight.detach().numpy().tobytes()).hexdigest()[:12]
+    return digest([weight.detach()])
+
+
+def digest(tensors: Iterable[torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()[:12]
 
 
 if __name__ == "__main__":

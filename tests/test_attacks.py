@@ -202,7 +202,7 @@ def test_input_aware_masks_become_small_then_stay(attacker, monkeypatch, untouch
     with torch.no_grad():
         dynamic.mask.last.bias += 0.3
         wide = dynamic.masks(images).mean()
-    input_aware._fit_masks(dynamic, batches, CPU, epochs=12)
+    input_aware._fit_masks(dynamic, batches, epochs=12)
     narrow = dynamic.masks(images).mean()
     assert wide > 0.5 > narrow
     monkeypatch.setattr(input_aware, "_fit_masks", lambda *args, **named: None)

@@ -384,10 +384,8 @@ def test_draws_are_the_runs_that_both_sets_have_each_a_point_at_its_asr(compared
     figure = report.draws_figure(
         report.common_runs({"one CPU": compared, "another CPU": again.assign(asr=again["asr"] + 0.05)})
     )
-    assert [ax.get_title() for ax in figure.axes] == [
-        "blended",
-        "badnets",
-    ]  # there is nothing to remove from the control
+    # There is nothing to remove from the control.
+    assert [ax.get_title() for ax in figure.axes] == ["blended", "badnets"]
     points = [float(x) for drawn in figure.axes[0].collections for x, _ in drawn.get_offsets()]
     # No defense, ANP and ABL, each once a set; FT, the second seed and the other budget are in one set alone or not shown.
     assert points == pytest.approx([0, 5, 40, 45, 80, 85])

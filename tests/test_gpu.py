@@ -153,12 +153,12 @@ def run(method, tiny, network, watch=iter):
     if method == "ft_sam":
         tuned = ft_sam.ft_sam(network, tiny, ft_sam.FtSamConfig(epochs=3, batch_size=8), generator=source)
         return list(tuned.state_dict().values())
-    if method in ("anp", "awm"):
-        if method == "anp":
-            masks = anp.learn_masks(network, tiny, anp.AnpConfig(steps=9, batch_size=8), generator=source)
-        else:
-            masks = awm.run(network, tiny, awm.AwmConfig(outer_epochs=2, batch_size=8), generator=source).masks
-        return list(masks.values())
+    masks = {
+        "anp": lambda: anp.learn_masks(network, tiny, anp.AnpConfig(steps=9, batch_size=8), generator=source),
+        "awm": lambda: awm.run(network, tiny, awm.AwmConfig(outer_epochs=2, batch_size=8), generator=source).masks,
+    }
+    if method in masks:
+        return list(masks[method]().values())
     if method == "synthesis":
         found = synthesize_trigger(network, tiny, 1, SynthesisConfig(steps=9, batch_size=8), generator=source)
         return [found.mask, found.pattern]

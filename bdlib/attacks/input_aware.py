@@ -72,7 +72,7 @@ def fit(trigger: InputAware, attacker: Attacker) -> None:
     batches = Batches(attacker.train, batch_size, attacker.device, generator=generator, drop_last=True)
     trigger.train()
     with seeded(generator, attacker.device):
-        _fit_masks(trigger, batches, attacker.device, epochs=2 if attacker.quick else 25)
+        _fit_masks(trigger, batches, epochs=2 if attacker.quick else 25)
         trigger.mask.eval().requires_grad_(False)
         _fit_jointly(trigger, batches, attacker)
     trigger.eval()
@@ -107,7 +107,8 @@ def _fit_jointly(trigger: InputAware, batches: Batches, attacker: Attacker) -> N
         require_finite(total, f"epoch {epoch + 1} of {config.epochs} of the input-aware attack")
 
 
-def _fit_masks(trigger: InputAware, batches: Batches, device: torch.device, epochs: int) -> None:
+def _fit_masks(trigger: InputAware, batches: Batches, epochs: int) -> None:
+    device = batches.labels.device
     optimizer = gpu.adam(trigger.mask.parameters(), device, lr=0.01, betas=(0.5, 0.9))
 
     def descend(images: torch.Tensor) -> torch.Tensor:
