@@ -13,7 +13,7 @@ ENV := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_
 PYTHON := $(ENV)/bin/python
 INSTALLED := $(ENV)/.bdlib-installed
 
-# The same bits on every x86-64 CPU with AVX2, but for Adam (benchmarks/same_bits.py): one thread, instructions that all have, sums in one order.
+# The same bits on every x86-64 CPU with AVX2 (benchmarks/same_bits.py): one thread, instructions that all have, sums in one order.
 # Not for `student`: students' own kernels read its models. Call runall.py or jupyterlab yourself to use all that your CPU has.
 SAME_BITS := reproduce test-package test-notebooks notebooks figures attacks
 $(SAME_BITS): export OMP_NUM_THREADS := 1

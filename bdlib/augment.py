@@ -5,6 +5,8 @@ import math
 import torch
 import torch.nn.functional as F
 
+from bdlib import gpu
+
 
 def pad_for_crops(images: torch.Tensor, padding: int) -> torch.Tensor:
     """The images with a black border of `padding` pixels, ready for `crop_flip`."""
@@ -43,7 +45,7 @@ def random_resized_crop(
     count = len(images)
     area = torch.empty(count).uniform_(*scale, generator=generator)
     ratio = torch.empty(count).uniform_(math.log(3 / 4), math.log(4 / 3), generator=generator).exp()
-    half = torch.stack([(area * ratio).sqrt(), (area / ratio).sqrt()]).clamp(max=1)
+    half = gpu.root(torch.stack([area * ratio, area / ratio])).clamp(max=1)
     center = (torch.rand(2, count, generator=generator) * 2 - 1) * (1 - half)
     sign = torch.where(torch.rand(count, generator=generator) < 0.5, -1.0, 1.0) if flip else torch.ones(count)
     zero = torch.zeros(count)

@@ -149,7 +149,7 @@ def effect_size(clean: torch.Tensor, triggered: torch.Tensor) -> torch.Tensor:
     """
     if min(len(clean), len(triggered)) < 2:
         raise ValueError("an effect size needs at least two images of each kind")
-    pooled = ((clean.var(0) + triggered.var(0)) / 2).sqrt()
+    pooled = gpu.root((clean.var(0) + triggered.var(0)) / 2)
     return (triggered.mean(0) - clean.mean(0)) / pooled.clamp(min=1e-12)
 
 

@@ -1,7 +1,7 @@
 """What keeps a GPU busy: steps replayed in one launch, kernels side by side, compiled networks, optimizers and draws on it, bfloat16.
 
 A network for 32 x 32 pixels has a thousand small kernels a step, and a GPU runs them faster than Python can ask for them.
-On a CPU everything here is plain PyTorch, to the bit.
+On a CPU everything here but Adam and the root is plain PyTorch, to the bit.
 """
 
 import functools
@@ -21,8 +21,8 @@ LONG = 1_000_000  # images of a training, about, that pay for the time it takes 
 _COMPILE = {"max_autotune_pointwise": True, "combo_kernels": True}
 _BEFORE = 3  # calls before a step is recorded: libraries choose their kernels, optimizers make their buffers
 
-# What the Makefile sets so that SGD gives the same bits on every x86-64 CPU with AVX2; Adam does not (benchmarks/same_bits.py).  MKL
-# takes other ways on Intel's and AMD's CPUs with every other MKL_CBWR (its developer guide, "Specifying Code Branches").
+# What the Makefile sets so that every x86-64 CPU with AVX2 gives the same bits (benchmarks/same_bits.py).  MKL takes other ways on
+# Intel's and AMD's CPUs with every other MKL_CBWR (its developer guide, "Specifying Code Branches").
 SAME_BITS = {
     "OMP_NUM_THREADS": "1",
     "ATEN_CPU_CAPABILITY": "avx2",
@@ -41,6 +41,11 @@ def arithmetic(device: torch.device) -> str:
     if device.type == "cpu" and same_bits():
         return "cpu, the same bits on all"
     return "cuda, bfloat16, compiled" if device.type == "cuda" else device.type
+
+
+def root(values: torch.Tensor) -> torch.Tensor:
+    """The square root, with the same bits on every CPU: of float32 PyTorch takes MKL's, whose last bit heeds no setting."""
+    return values.double().sqrt().to(values.dtype)
 
 
 def half(device: torch.device) -> AbstractContextManager:
@@ -123,9 +128,9 @@ def sgd(parameters: Iterable[torch.Tensor], device: torch.device, *, lr: float, 
 def adam(
     parameters: Iterable[torch.Tensor], device: torch.device, *, lr: float, **settings: object
 ) -> torch.optim.Adam:
-    """Adam, likewise."""
+    """Adam, likewise; one kernel on a CPU too: it takes exact roots there, see `root`."""
     if device.type != "cuda":
-        return torch.optim.Adam(parameters, lr=lr, **settings)
+        return torch.optim.Adam(parameters, lr=lr, fused=True, **settings)
     return torch.optim.Adam(parameters, lr=torch.tensor(lr, device=device), fused=True, capturable=True, **settings)
 
 

@@ -1,7 +1,10 @@
-"""Steps replayed on a GPU do what the steps themselves do; on a CPU nothing here changes a bit."""
+"""Steps replayed on a GPU do what the steps themselves do; on a CPU nothing here but Adam and the root changes a bit."""
 
 import copy
+import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -21,12 +24,12 @@ def test_on_a_cpu_all_of_it_is_plain_pytorch(generator):
     assert gpu.replayed(step, CPU) is step
     assert gpu.generator_on(CPU, generator) is generator
     weight = nn.Parameter(torch.ones(2))
-    for made, kind in (
-        (gpu.sgd([weight], CPU, lr=0.5), torch.optim.SGD),
-        (gpu.adam([weight], CPU, lr=0.5), torch.optim.Adam),
+    for made, kind, fused in (
+        (gpu.sgd([weight], CPU, lr=0.5), torch.optim.SGD, None),
+        (gpu.adam([weight], CPU, lr=0.5), torch.optim.Adam, True),
     ):
         group = made.param_groups[0]
-        assert type(made) is kind and group["lr"] == 0.5 and not group["fused"] and not group.get("capturable")
+        assert type(made) is kind and group["lr"] == 0.5 and group["fused"] is fused and not group.get("capturable")
     assert gpu.compiled(weight, CPU, gpu.LONG, 8) is weight
     called = []
     assert gpu.side_by_side(CPU, lambda: called.append(1) or "a", lambda: called.append(2) or "b") == ("a", "b")
@@ -35,6 +38,20 @@ def test_on_a_cpu_all_of_it_is_plain_pytorch(generator):
         assert not torch.backends.cudnn.benchmark
     with gpu.half(CPU):
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == torch.float32
+
+
+def test_roots_are_exact_so_that_they_are_the_same_on_every_cpu(generator):
+    values = torch.rand(20_000, generator=generator)
+    assert np.array_equal(gpu.root(values).numpy(), np.sqrt(values.numpy()))
+    values = values[:9].requires_grad_(True)
+    (slope,) = torch.autograd.grad(gpu.root(values).sum(), values)
+    assert torch.allclose(slope, 0.5 / values.detach().sqrt()) and slope.dtype == torch.float32
+
+
+def test_all_of_bdlib_takes_this_adam():
+    package = Path(gpu.__file__).parent
+    callers = [path.name for path in package.rglob("*.py") if re.search(r"optim\.Adam\w*\(", path.read_text())]
+    assert callers == ["gpu.py"]
 
 
 def test_keys_tell_apart_what_computes_otherwise(monkeypatch):

@@ -14,7 +14,7 @@ ALLOWED = {
     "names": set(),
     "budget": set(),
     "masks": set(),
-    "augment": set(),
+    "augment": {"gpu"},
     "gpu": set(),
     "triggers": set(),
     "attacks": {"augment", "data", "explain", "gpu", "randomness", "train", "triggers"},

@@ -11,7 +11,7 @@ from bdlib.attacks.attacker import Attacker, Stamps
 from bdlib.triggers.partial import blended_in_part, one_of_four
 
 POOLS = ("all", "non_target", "target")
-VERSION = 3  # part of every stored trigger's key: raise it when a change in bdlib/attacks alters what is learned
+VERSION = 4  # part of every stored trigger's key: raise it when a change in bdlib/attacks alters what is learned
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -144,8 +144,8 @@ def _joint_loss(trigger: InputAware, images: torch.Tensor, labels: torch.Tensor,
 
 def _closeness(x1: torch.Tensor, x2: torch.Tensor, p1: torch.Tensor, p2: torch.Tensor) -> torch.Tensor:
     """Mean of |x1 - x2| / |p1 - p2|, root mean squares over an image: large where different images get alike patterns."""
-    images = (x1 - x2).square().mean((1, 2, 3)).sqrt()
-    patterns = (p1 - p2).square().mean((1, 2, 3)).add(1e-8).sqrt()
+    images = gpu.root((x1 - x2).square().mean((1, 2, 3)))
+    patterns = gpu.root((p1 - p2).square().mean((1, 2, 3)).add(1e-8))
     return (images / patterns).mean()
 
 

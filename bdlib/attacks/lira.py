@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bdlib import gpu
 from bdlib.attacks.attacker import Attacker, Stamps
 from bdlib.attacks.networks import PictureNet
 from bdlib.randomness import seeded
@@ -61,7 +62,7 @@ def _fit_in_turn(trigger: Lira, batches: Batches, attacker: Attacker) -> None:
     classifier = torch.optim.SGD(
         trigger.classifier.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
     )
-    noise = torch.optim.Adam(trigger.noise.parameters(), lr=NOISE_LR[0 if attacker.quick else 1])
+    noise = gpu.adam(trigger.noise.parameters(), attacker.device, lr=NOISE_LR[0 if attacker.quick else 1])
     steps = lr_factor(config.schedule, config.epochs * len(batches))
     scheduler = torch.optim.lr_scheduler.LambdaLR(classifier, steps)
     together = max(config.epochs // 3, 1)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bdlib import gpu
 from bdlib.attacks.attacker import Attacker
 from bdlib.data import to_float
 from bdlib.explain import last_linear, with_embedding
@@ -40,7 +41,7 @@ def fit_trojannn(pattern: Pattern, attacker: Attacker) -> None:
     units = last_linear(model).weight.abs().sum(0).topk(2).indices
     mask = _ellipse(pattern.pattern.shape).to(attacker.device)
     logits = torch.randn(mask.shape, generator=attacker.generator("pattern")).to(mask).requires_grad_(True)
-    optimizer = torch.optim.Adam([logits], lr=0.1)
+    optimizer = gpu.adam([logits], attacker.device, lr=0.1)
     for _ in attacker.watch(range(STEPS[0 if attacker.quick else 1])):
         _, embedding = with_embedding(model, (mask * logits.sigmoid())[None])
         loss = (embedding[:, units] - TROJAN_TARGET).square().mean()
@@ -62,7 +63,7 @@ def fit_lf(pattern: Pattern, attacker: Attacker) -> None:
     generator = attacker.generator("pattern")
     sigma = images.shape[-1] / 16
     logits = torch.randn(images.shape[1:], generator=generator).to(attacker.device).requires_grad_(True)
-    optimizer = torch.optim.Adam([logits], lr=0.1)
+    optimizer = gpu.adam([logits], attacker.device, lr=0.1)
     steps = STEPS[0 if attacker.quick else 1]
     picks = torch.randint(len(labels), (steps, min(128, len(labels))), generator=generator)
     for batch in attacker.watch(picks):

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bdlib import gpu
 from bdlib.attacks.attacker import Attacker, Stamps
 from bdlib.attacks.networks import PictureNet
 from bdlib.randomness import seeded
@@ -63,7 +64,7 @@ def fit(trigger: Ssba, attacker: Attacker) -> None:
     """Train encoder and decoder on the clean images, the first tenth of the steps for the string alone."""
     generator = attacker.generator("order")
     batches = Batches(attacker.train, 128, attacker.device, generator=generator, drop_last=True)
-    optimizer = torch.optim.Adam(trigger.parameters(), lr=1e-3)
+    optimizer = gpu.adam(trigger.parameters(), attacker.device, lr=1e-3)
     epochs, step = EPOCHS[0 if attacker.quick else 1], 0
     trigger.train()
     for epoch in attacker.watch(range(epochs)):

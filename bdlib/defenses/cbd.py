@@ -325,7 +325,7 @@ class Critic(nn.Module):
         for layer in (self.first, self.second):
             for parameter in (layer.weight, layer.bias):
                 largest = largest_singular_value(parameter.view(len(parameter), -1))
-                divisor = largest.sqrt() if self.config.lipschitz == "root" else largest
+                divisor = gpu.root(largest) if self.config.lipschitz == "root" else largest
                 parameter.div_(divisor.clamp(min=1e-12))
 
 

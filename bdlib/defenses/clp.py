@@ -11,6 +11,7 @@ from functools import partial
 import torch
 from torch import nn
 
+from bdlib import gpu
 from bdlib.data import Dataset
 from bdlib.masks import norms, require_batch_norm
 from bdlib.selection import OutlierConfig, Values, without_outliers
@@ -39,7 +40,7 @@ def channel_bounds(model: nn.Module, image: torch.Tensor, pairing: str = "flow")
     for name, (convolution, norm) in pairs(model, image, pairing).items():
         kernels = convolution.weight.flatten(2).cpu()  # (K, C, h w); thousands of small SVDs take a GPU a minute
         # sigma_k = |W_k|_2 |gamma_k / s_k|.  DIFFERS: eps under the root, as the norm itself has it; the code has none.
-        deviation = (norm.running_var + norm.eps).sqrt()
+        deviation = gpu.root(norm.running_var + norm.eps)
         bounds[name] = torch.linalg.matrix_norm(kernels, 2).to(deviation) * (norm.weight / deviation).abs()
     return bounds
 

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bdlib import gpu
 from bdlib.data import Dataset
 from bdlib.defenses.mixmatch import MixmatchConfig, mixmatch
 from bdlib.defenses.simclr import SimclrConfig, simclr
@@ -90,7 +91,7 @@ def warm_up(
     """The symmetric cross-entropy (N,) of each image after the linear layer alone was trained, in place (step 2)."""
     # The features are frozen in eval(), so what the linear layer sees is computed once.
     points, linear = embeddings(model, train_set.floats()), last_linear(model)
-    optimizer = torch.optim.Adam(linear.parameters(), lr=config.warmup_lr)
+    optimizer = gpu.adam(linear.parameters(), points.device, lr=config.warmup_lr)
     with seeded(generator, points.device):
         for epoch in watch(range(config.warmup_epochs)):
             total = torch.zeros((), device=points.device)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.func import functional_call
 
+from bdlib import gpu
 from bdlib.data import Dataset
 from bdlib.train import Batches, Watch, require_finite
 
@@ -63,14 +64,14 @@ def i_bau(
     """
     tuned = copy.deepcopy(model).eval().requires_grad_(True)
     weights = dict(tuned.named_parameters())
-    batches = Batches(clean, config.batch_size, next(tuned.parameters()).device, generator=generator)
-    optimizer = torch.optim.Adam(weights.values(), lr=config.lr)
+    device = next(tuned.parameters()).device
+    batches = Batches(clean, config.batch_size, device, generator=generator)
+    optimizer = gpu.adam(weights.values(), device, lr=config.lr)
     for number in watch(range(config.rounds)):
         delta = worst_perturbation(tuned, batches, config)
         for images, labels, _ in batches:
             gradients = hyper_gradients(tuned, weights, delta, (images, labels), config)
-            for name, weight in weights.items():
-                weight.grad = gradients[name]
+            gpu.set_gradients(weights, gradients)
             optimizer.step()
         require_finite(sum(gradient.sum() for gradient in gradients.values()), f"round {number + 1} of I-BAU")
     return tuned.eval()

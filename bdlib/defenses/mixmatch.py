@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bdlib import gpu
 from bdlib.data import Dataset
 from bdlib.randomness import seeded
 from bdlib.train import Batches, Watch, require_finite
@@ -59,7 +60,7 @@ def mixmatch(
     unknown = Batches(unlabeled, size, device, generator=generator, drop_last=True)
     # Each part starts anew at its own end.
     pairs = zip(known.forever(), unknown.forever(), strict=False)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.lr)
+    optimizer = gpu.adam(model.parameters(), device, lr=config.lr)
     with seeded(generator, device):
         for epoch in watch(range(config.epochs)):
             model.train()

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bdlib import gpu
 from bdlib.data import Dataset
 from bdlib.defenses.fine_tuning import CONFIG
 from bdlib.explain import SyntheticTrigger, starting_logits
@@ -100,7 +101,7 @@ def invert(
     frozen = copy.deepcopy(model).eval().requires_grad_(False)
     images = clean.floats().to(next(frozen.parameters()).device)
     logits = starting_logits(images, generator=generator)
-    optimizer = torch.optim.Adam(logits, lr=config.lr, betas=(0.5, 0.9))
+    optimizer = gpu.adam(logits, images.device, lr=config.lr, betas=(0.5, 0.9))
     weight, streak, best = config.weight, 0, None
     for _ in range(config.rounds):
         picks = torch.randint(len(images), (config.steps, min(config.batch_size, len(images))), generator=generator)
