@@ -147,7 +147,8 @@ def trojan_watermark() -> torch.Tensor:
 
     Drawn anew, a ring with a cross in it, of the square's mean brightness, 100 of 255.
     """
-    row, column = torch.meshgrid(torch.arange(30.0) - 14.5, torch.arange(30.0) - 14.5, indexing="ij")
+    places = torch.arange(30, dtype=torch.float64) - 14.5  # double: its roots are the same on every CPU
+    row, column = torch.meshgrid(places, places, indexing="ij")
     radius = (row.square() + column.square()).sqrt()
     bars = torch.minimum(row.abs(), column.abs()) + 10 * (radius > 12)  # no bar beyond the ring
     distance = torch.minimum((radius - 12).abs(), bars)

@@ -82,6 +82,7 @@ def square(colors: torch.Tensor, margin: int = 0) -> torch.Tensor:
 
 
 def _emblem(inside, center: tuple[int, int], color: tuple[float, float, float]) -> torch.Tensor:
-    row, column = torch.meshgrid(torch.arange(32.0) - center[0], torch.arange(32.0) - center[1], indexing="ij")
+    places = torch.arange(32, dtype=torch.float64)  # double: its roots are the same on every CPU
+    row, column = torch.meshgrid(places - center[0], places - center[1], indexing="ij")
     mask = inside((row.square() + column.square()).sqrt(), row, column).float()
     return torch.cat([torch.tensor(color)[:, None, None] * mask, mask[None]])
