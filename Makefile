@@ -76,8 +76,8 @@ figures: install
 	$(PYTHON) runall.py --only 04_cbd --seed 0 --set ablations=True --out runs/figures/cbd_ablations
 	$(PYTHON) runall.py --only 04_cbd --poison-rate 0.01 0.1 0.2 0.5 --seed 0 --out runs/figures/cbd_poison_rates
 	$(PYTHON) runall.py --only 04_cbd --attack blended badnets --seed 0 --out runs/figures/cbd_attacks
-	$(PYTHON) runall.py --only 06_all_five --seed 0 1 2 --set reuse=False extras=control,oracle,detection --out runs/figures/all_five
-	$(PYTHON) runall.py --only 06_all_five --attack badnets trojan_square --seed 0 1 2 --set reuse=False extras=oracle,detection \
+	$(PYTHON) runall.py --only 06_all_five --seed 0 1 2 --set reuse=False extras=control,oracle,detection,steps --out runs/figures/all_five
+	$(PYTHON) runall.py --only 06_all_five --attack badnets trojan_square --seed 0 1 2 --set reuse=False extras=oracle,detection,steps \
 		--out runs/figures/all_five_attacks
 	$(PYTHON) runall.py --only 06_all_five --budget 10 50 5% --seed 0 --set reuse=False --out runs/figures/all_five_budgets
 	$(PYTHON) runall.py --only 06_all_five --attack badnets_corners lf signal --seed 0 1 2 \

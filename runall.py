@@ -43,6 +43,8 @@ def main(arguments: list[str] | None = None) -> int:
         options.out = files.place(options.out or home())
         if files.on_disk(options.out):
             options.out = options.out.resolve()
+        else:
+            files.require_reachable(options.out)
         return (collect if options.collect else plan_and_do)(options)
     except ValueError as error:
         complain(error)
@@ -69,9 +71,6 @@ def carry_out(whole: list[Run], options: argparse.Namespace) -> int:
     require_writable(home() / "store")
     runs.claim(options.out, mixed=options.mix_versions)
     waiting = to_do(whole, runs.Listing(options.out), options)
-    if options.force:
-        for run in waiting:
-            (run.folder / "done.json").unlink(missing_ok=True)  # what is to be done is not done, should this be cut off
     try:
         ended = run_each(waiting, options)
     finally:
@@ -138,15 +137,16 @@ def parser() -> argparse.ArgumentParser:
         "--scheduler", metavar="ADDRESS", help="hand the runs to this Dask scheduler's workers: tcp://host:8786"
     )
     p.add_argument("--shard", type=shard, metavar="I/N", help="the I-th of N parts; a model's runs stay in one part")
-    p.add_argument("--timeout", type=float, metavar="MINUTES", help="end a run that takes longer, as failed")
+    p.add_argument("--timeout", type=minutes, metavar="MINUTES", help="end a run that takes longer, as failed")
     p.add_argument(
         "--keep-going",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="go on with the others after a failed run (default), or stop there",
     )
-    p.add_argument("--force", action="store_true", help="run again what is finished")
-    p.add_argument("--only-failed", action="store_true", help="run only what failed the last time")
+    again = p.add_mutually_exclusive_group()
+    again.add_argument("--force", action="store_true", help="run again what is finished")
+    again.add_argument("--only-failed", action="store_true", help="run only what failed the last time")
     p.add_argument("--mix-versions", action="store_true", help="use an --out that another version of bdlib wrote to")
     look = p.add_mutually_exclusive_group()
     look.add_argument(
@@ -169,6 +169,13 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
     return int(text)
+
+
+def minutes(text: str) -> float:
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
+    return value
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -209,6 +216,8 @@ def notebooks(only: list[str] | None) -> list[Path]:
     unknown = [name for name in only or [] if name not in found]
     if unknown:
         raise ValueError(f"--only must name notebooks out of {', '.join(found)}, got {', '.join(unknown)}")
+    if twice := sorted({name for name in only or [] if only.count(name) > 1}):
+        raise ValueError(f"--only names notebooks twice: {', '.join(twice)}")
     return [found[name] for name in only or found]
 
 
@@ -221,9 +230,10 @@ def extra_parameters(pairs: list[str]) -> dict[str, object]:
         if name in extra:
             raise ValueError(f"given twice for the same run: --set {name}")
         try:
-            extra[name] = ast.literal_eval(text)
+            value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
-            extra[name] = text
+            value = text
+        extra[name] = value if isinstance(value, bool | int | float) else text  # no parameter is anything but these
     return extra
 
 
@@ -236,6 +246,10 @@ def run_each(waiting: list[Run], options: argparse.Namespace) -> list[Outcome]:
     threads = schedule.threads(options.workers, options.scheduler)
     with schedule.cluster(options.workers, options.scheduler) as client, Live(console, len(waiting)) as live:
         say(f"Dask's dashboard: {client.dashboard_link}")
+        if options.force:  # what is to be done is not done, should this be cut off; nor does it go on from what was
+            for run in waiting:
+                for name in ("done.json", "begun.json"):
+                    (run.folder / name).unlink(missing_ok=True)
         ended = schedule.run_all(
             waiting,
             client,
@@ -332,11 +346,13 @@ def write_results(whole: list[Run], out: Path) -> pd.DataFrame:
     ended = [run for run in whole if known[run.folder].word in ("done", "failed")]
     # Some may have ended when nobody was there to make their page.
     pages |= {run.place for run in ended if run.place not in pages and page.of_notebook(run.folder)}
-    rows = runs.rows(run.folder for run in whole if known[run.folder].word == "done")
+    # Once: budgets 20 and 2/class are two runs, and the same rows.
+    rows = results.once(runs.rows(run.folder for run in whole if known[run.folder].word == "done"))
+    drawn = []
     if not rows.empty:
         results.save(rows, out / "results.csv")
-        report.draw_batch(rows, out / "figures")
-    page.write(out, whole, known, rows, pages)
+        drawn = report.draw_batch(rows, out / "figures")
+    page.write(out, whole, known, rows, pages=pages, figures=drawn)
     return rows
 
 

@@ -2,6 +2,8 @@
 
 import re
 
+import numpy as np
+
 
 def resolve(budget: int | str, size: int, classes: int, name: str) -> int:
     """Number of images that a budget means on the training split `name` of so many images and classes: 500, "5%" or "1/class".
@@ -24,3 +26,9 @@ def resolve(budget: int | str, size: int, classes: int, name: str) -> int:
             f"got {budget!r} = {count} images"
         )
     return count
+
+
+def even(sizes: np.ndarray, count: int) -> bool:
+    """Whether classes of these sizes (C,) have images enough for `count` that are spread evenly, to within one a class."""
+    share, rest = divmod(count, len(sizes))
+    return bool(sizes.min() >= share and (sizes > share).sum() >= rest)

@@ -50,8 +50,8 @@ def _misnamed(run: Run) -> str | None:
     for name, value in run.parameters.items():
         if name not in known:
             return f"unknown parameter {name!r}; it has {', '.join(known)}"
-        number = isinstance(known[name], (int, float)) and not isinstance(known[name], bool)
-        if name != "budget" and (isinstance(value, str) if number else type(value) is not type(known[name])):
+        allowed = (int, float) if isinstance(known[name], float) else (type(known[name]),)
+        if name != "budget" and type(value) not in allowed:
             return f"parameter {name} must be like {known[name]!r}, got {value!r}"
     return None
 

@@ -22,7 +22,8 @@ TRY_AGAIN = 75
 
 
 def main() -> int:
-    job, parent = json.loads(sys.stdin.read()), os.getppid()
+    job = json.loads(sys.stdin.read())
+    parent = job["parent"]  # not os.getppid(): it may have died before this line
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell starts its background jobs deaf to it
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     try:
@@ -71,8 +72,9 @@ def notebook(job: dict) -> int:
     with locks.hold(folder / ".lock", lambda: print("another process runs this notebook: waiting for it")):
         if finished(folder, job["key"]):
             return 0
-        for stale in ("done.json", "failed.json", "rows.csv", "executed.html"):
+        for stale in ("done.json", "failed.json", "rows.csv", "executed.html", *not_ours(folder, job["key"])):
             (folder / stale).unlink(missing_ok=True)
+        write_json(folder / "begun.json", {"key": job["key"]})
         # On an object store the notebook writes to the working folder, which is copied up when it ends.
         out = folder if on_disk(folder) else work / "out"
         out.mkdir(parents=True, exist_ok=True)
@@ -89,6 +91,15 @@ def notebook(job: dict) -> int:
             done = {"key": job["key"], "parameters": job["parameters"], "seconds": seconds}
             write_json(folder / "done.json", done)
         return status
+
+
+def not_ours(folder: Path, key: str) -> tuple[str, ...]:
+    """What a run of this key cannot go on from: the rows so far of one that was cut off, if its code or parameters were others."""
+    try:
+        begun = read_json((folder / "begun.json").read_bytes())
+    except OSError:
+        begun = {}
+    return () if begun.get("key") == key else ("measured.csv",)
 
 
 def execute(job: dict, work: Path, out: Path) -> int:

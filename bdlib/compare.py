@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from bdlib.poison import Poisoned
 from bdlib.selection import NoResult
 from bdlib.train import Watch
 
-EXTRAS = ("control", "oracle", "detection")  # what 06 measures beside the methods
+EXTRAS = ("control", "oracle", "detection", "steps")  # what 06 measures beside the methods
+STEPS = "as many steps"  # variant of FT and FP in FT-SAM's batches
 GROUPS = ("all", "post-training", "in training")  # of methods, as `chosen` reads them
 # A stored row stands for a run with the same values in these columns.  A change of a method's code does not show in them: then leave
 # the stored rows out.
@@ -88,6 +90,21 @@ def rows(
     return kept(each_row(lab, names, stored, variant=variant, detect=detect, watch=watch), measured)
 
 
+def rows_with_as_many_steps(
+    lab: Lab,
+    names: Sequence[str],
+    stored: pd.DataFrame,
+    *,
+    measured: Path | None = None,
+    watch: Watch = experiment.progress,
+) -> list[dict[str, object]]:
+    """A row, variant "as many steps", for each of the methods that `catalog.AS_MANY_STEPS` has; as in `rows`."""
+    stored = results.once(stored, so_far(measured))
+    chosen = {name: method for name, method in catalog.AS_MANY_STEPS.items() if name in names}
+    found = (method_row(lab, name, stored, STEPS, watch, method=method) for name, method in chosen.items())
+    return kept(found, measured)
+
+
 def overview(lab: Lab) -> pd.DataFrame:
     """What each method gets, and the settings that its own rule changes for this lab: those that are not the method's default."""
     source, lines = held(lab), {}
@@ -133,9 +150,14 @@ def undefended_row(lab: Lab, stored: pd.DataFrame, variant: str, detect: bool, w
     return lab.row("none", variant, lab.model, budget=len(lab.clean), seconds=0.0, config=None, measures=measures)
 
 
-def method_row(lab: Lab, name: str, stored: pd.DataFrame, variant: str, watch: Watch) -> dict[str, object]:
-    """The method's row.  A method that says it cannot work here leaves the network as it is, and `failed` = 1 in `measures`."""
-    method, source = catalog.METHODS[name], held(lab)
+def method_row(
+    lab: Lab, name: str, stored: pd.DataFrame, variant: str, watch: Watch, *, method: catalog.Method | None = None
+) -> dict[str, object]:
+    """The row of the method of this name, as it is in the catalog or as given.
+
+    A method that says it cannot work here leaves the network as it is, and `failed` = 1 in `measures`.
+    """
+    method, source = method or catalog.METHODS[name], held(lab)
     config = method.config(source)
     budget = len(source.train_set) if method.needs == "training set" else len(source.clean)
     known = same_run(stored, lab, {"defense": name, "variant": variant, "budget": budget}, config)
@@ -170,9 +192,15 @@ def detection(lab: Lab, *, watch: Watch = experiment.progress) -> dict[str, floa
 
     nc: largest anomaly index of Neural Cleanse; rnp: largest share of clean images that the unlearned network calls one class (1/C at
     random); clp: how many deviations the largest Lipschitz bound lies above its layer's mean.  Each is higher for a suspect network.
-    nc_right, rnp_right: 1 where the class that the method names is the attacker's.  Without rnp where its unlearning gave up.
+    nc_right, rnp_right: 1 where the class that the method names is the attacker's; NaN for an all-to-all attack, which has no one
+    class.  Without rnp where its unlearning gave up.
     """
-    source, target_label = held(lab), lab.setting.target_label
+    source, threat = held(lab), lab.setting.threat
+
+    def right(label: int | torch.Tensor) -> float:
+        # Not left out: `report.suspects` takes the networks that have nc_right.
+        return math.nan if threat.all_to_all else float(label == threat.target_label)
+
     inverted = nc.run(
         lab.model, lab.clean, nc.recipe(source.budget), generator=lab.setting.generator("nc"), watch=watch
     )
@@ -180,13 +208,13 @@ def detection(lab: Lab, *, watch: Watch = experiment.progress) -> dict[str, floa
     try:
         unlearned = rnp.unlearn(lab.model, lab.clean, config, generator=lab.setting.generator("rnp"), watch=watch)
         label, shares = rnp.suspected_label(unlearned, lab.clean)
-        said = {"rnp": shares.max().item(), "rnp_right": float(label == target_label)}
+        said = {"rnp": shares.max().item(), "rnp_right": right(label)}
     except NoResult as error:
         print(f"rnp says nothing of this network: {error}")
     bounds = clp.channel_bounds(lab.model, lab.clean.floats()[:1]).values()
     return {
         "nc": inverted.indices.max().item(),
-        "nc_right": float(inverted.indices.argmax() == target_label),
+        "nc_right": right(inverted.indices.argmax()),
         **said,
         "clp": max(((bound - bound.mean()) / bound.std()).max().item() for bound in bounds),
     }

@@ -9,6 +9,7 @@ The exercises live in notebooks/01 to 05 alone, with nbgrader's metadata; nothin
 """
 
 import argparse
+import hashlib
 import json
 import os
 import re
@@ -18,7 +19,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bdlib import names
+from bdlib import grid, names
 from bdlib.files import write_atomic
 from bdlib.places import project_root, python_path
 
@@ -139,23 +140,27 @@ def nbgrader(course: Path, *arguments: str, timeout: float | None = None) -> Non
 
 
 def solve(name: str, out: Path) -> None:
-    """Execute the solutions of this notebook, unless they are there already; its models stay in the store."""
+    """Execute the solutions of this notebook, unless this very bdlib did already; its models stay in the store."""
     import nbformat
     import papermill
 
     notebook, solved = project_root() / "notebooks" / f"{name}.ipynb", out / "solutions" / f"{name}.ipynb"
-    if solved.exists() and code(nbformat.read(solved, 4)) == code(nbformat.read(notebook, 4)):
+    made_of = {"code": code(nbformat.read(notebook, 4)), "bdlib": grid.package_hash()}
+    there = solved.exists() and (out / "home" / "store").exists()
+    if there and nbformat.read(solved, 4).metadata.get("made_of") == made_of:
         return
     os.environ |= {"BDLIB_HOME": str(out / "home"), "PYTHONPATH": python_path()}
     print(f"{name}: executing the solutions, training what they need")
     with tempfile.TemporaryDirectory() as work:
         executed = papermill.execute_notebook(str(notebook), None, cwd=work)
+    executed.metadata["made_of"] = made_of
     write_text(solved, nbformat.writes(executed))
 
 
-def code(notebook: object) -> list[str]:
-    """The code of a notebook, cell by cell."""
-    return [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+def code(notebook: object) -> str:
+    """A hash of the notebook's code."""
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    return hashlib.sha256(json.dumps(cells).encode()).hexdigest()
 
 
 def protect(home: Path) -> None:

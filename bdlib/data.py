@@ -1,6 +1,8 @@
 """Datasets by name, as uint8 tensors that fit on the device, and the defender's clean subset of them."""
 
+import functools
 import hashlib
+import logging
 import tempfile
 import zipfile
 import zlib
@@ -12,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from bdlib import signs, sources
-from bdlib.budget import resolve
+from bdlib import locks, signs, sources
+from bdlib.budget import even, resolve
 from bdlib.files import write_atomic
 from bdlib.sources import EMBEDDED, NAMES, SOURCES
+
+log = logging.getLogger(__name__)
 
 # Per name: padding of random crops (pixels), left-right flips, smallest share of the area that shows the class.
 AUGMENTATION = {name: (source.crop_padding, source.flip, source.least_area) for name, source in SOURCES.items()}
@@ -122,21 +126,28 @@ def clean_subset(dataset: Dataset, count: int, *, generator: torch.Generator) ->
     What does not divide is spread over the first classes, in a random order, that have one image more to give.
     Raises ValueError if a class has fewer images than its share.
     """
+    require_even(dataset, count)
     classes = len(dataset.classes)
     sizes = torch.bincount(dataset.labels.cpu(), minlength=classes)
     share, rest = divmod(count, classes)
     order = torch.randperm(classes, generator=generator)
     extra = order[sizes[order] > share][:rest]
-    smallest = int(sizes.argmin())
-    if sizes[smallest] < share or len(extra) < rest:
-        raise ValueError(
-            f"a budget of {count} needs {share + int(sizes[smallest] == share)} images of class {dataset.classes[smallest]!r}, "
-            f"which has {sizes[smallest]}: at most {sizes[smallest] * classes} can be spread evenly"
-        )
     wanted = torch.full((classes,), share)
     wanted[extra] += 1
     picks = zip(_by_class(dataset), wanted.tolist(), strict=True)
     return torch.cat([members[torch.randperm(len(members), generator=generator)[:number]] for members, number in picks])
+
+
+def require_even(dataset: Dataset, count: int) -> None:
+    """Raises ValueError if `count` images cannot be spread evenly over the classes."""
+    classes = len(dataset.classes)
+    sizes = torch.bincount(dataset.labels.cpu(), minlength=classes)
+    if not even(sizes.numpy(), count):
+        smallest, share = int(sizes.argmin()), count // classes
+        raise ValueError(
+            f"a budget of {count} needs {share + int(sizes[smallest] == share)} images of class {dataset.classes[smallest]!r}, "
+            f"which has {sizes[smallest]}: at most {sizes[smallest] * classes} can be spread evenly"
+        )
 
 
 def _by_class(dataset: Dataset) -> tuple[torch.Tensor, ...]:
@@ -196,14 +207,18 @@ def _cached(name: str, root: Path) -> dict[str, np.ndarray]:
 
 
 def _download(name: str, path: Path) -> None:
-    """Write the dataset file from what torchvision fetches (its progress bar, its checksums); nothing else is left."""
-    source = SOURCES[name]
+    """Write the dataset file, unless another process is about to: then wait for it.  No lock file is left."""
+    source, lock = SOURCES[name], path.with_name(f".{name}.lock")
+    waiting = functools.partial(log.warning, "another process is downloading %s: waiting for it", name)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(
-            prefix=f"{name}-download-", dir=path.parent, ignore_cleanup_errors=True
-        ) as folder:
-            arrays = source.fetch(Path(folder))
+        with locks.hold(lock, waiting):
+            try:
+                if not path.exists():
+                    _fetch(source, path)
+            finally:
+                lock.unlink(
+                    missing_ok=True
+                )  # who waits has it open and looks for the dataset first; who comes later finds that
     except (OSError, RuntimeError, HTTPException) as error:
         reason, size = " ".join(str(error).split()), " x ".join(str(side) for side in source.shape)
         raise RuntimeError(
@@ -211,6 +226,14 @@ def _download(name: str, path: Path) -> None:
             f"{path}: arrays x_train, y_train, x_test, y_test (images uint8 N x {size}, "
             f"{'RGB' if source.shape[2] == 3 else 'gray'}) and classes"
         ) from error
+
+
+def _fetch(source: sources.Source, path: Path) -> None:
+    """Write the dataset file from what torchvision fetches (its progress bar, its checksums); nothing else is left."""
+    with tempfile.TemporaryDirectory(
+        prefix=f"{path.stem}-download-", dir=path.parent, ignore_cleanup_errors=True
+    ) as folder:
+        arrays = source.fetch(Path(folder))
     write_atomic(path, lambda file: np.savez(file, **arrays))
 
 

@@ -54,7 +54,9 @@ class Setting:
 
     def require_fits(self, train_split: Dataset) -> None:
         """Raises ValueError if the budget or the attack does not fit this training split."""
-        self.images(train_split)
+        count = self.images(train_split)
+        if self.notebook not in profiles.BUDGET_IS_TRAINING_SET:
+            data.require_even(train_split, count)
         poison.eligible(train_split, self.threat)
 
     def images(self, train_split: Dataset) -> int:

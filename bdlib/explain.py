@@ -233,7 +233,7 @@ class SynthesisConfig:
     steps: int = 100
     batch_size: int = 64  # images; never more than there are
     lr: float = 0.1  # Adam, on the values before the sigmoid
-    weight: float = 0.01  # of the mask's L1 norm in the loss, for 32 x 32 pixels
+    weight: float = 0.01  # of the mask's L1 norm in the loss, at 32 x 32 pixels; at any other size a share of the image costs the same
 
     def __post_init__(self) -> None:
         for name in ("steps", "batch_size", "lr"):
@@ -271,7 +271,7 @@ def synthesize_trigger(
 ) -> SyntheticTrigger:
     """A small trigger that makes the model call clean images the target: mask and pattern, by gradient descent.
 
-    Minimizes CE(f((1 - m) x + m p), target) + weight |m|_1 (Wang et al., Neural Cleanse, S&P 2019).
+    Minimizes CE(f((1 - m) x + m p), target) + weight 32^2 / (H W) |m|_1 (Wang et al., Neural Cleanse, S&P 2019).
     Raises ValueError without clean images or for a label that is no class.
     """
     if not len(clean):
@@ -282,11 +282,12 @@ def synthesize_trigger(
     images = clean.floats().to(next(frozen.parameters()).device)
     mask_logit, pattern_logit = starting_logits(images, generator=generator)
     optimizer = gpu.adam([mask_logit, pattern_logit], images.device, lr=config.lr)
+    weight = config.weight * (32 * 32 / mask_logit.numel())
 
     def descend(batch: torch.Tensor) -> torch.Tensor:
         trigger = SyntheticTrigger(mask_logit.sigmoid(), pattern_logit.sigmoid())
         labels = torch.full((len(batch),), target_label, device=images.device)
-        loss = F.cross_entropy(frozen(trigger(batch)), labels) + config.weight * trigger.mask.sum()
+        loss = F.cross_entropy(frozen(trigger(batch)), labels) + weight * trigger.mask.sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -250,7 +250,7 @@ def roc(truth: pd.Series, scores: dict[str, pd.Series], ax: Axes) -> Axes:
         called, found, _ = roc_curve(truth[known], score[known])
         label = f"{name}, AUROC {roc_auc_score(truth[known], score[known]):.2f}"
         if not known.all():
-            label += f" of {known.sum()}"
+            label += f" ({known.sum()} networks)"
         ax.plot(called, found, label=label, color=color, linestyle=style)
     ax.plot([0, 1], [0, 1], color=COLORS["no defense"], linewidth=0.8)
     ax.set(xlabel="clean networks called backdoored (share)", ylabel="backdoored networks found (share)")
@@ -400,7 +400,7 @@ def save(figure: Figure, path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "bdlib"}):
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None})):
             write_atomic(
-                path.with_suffix(suffix),
+                path.with_name(path.name + suffix),
                 lambda file, s=suffix, m=metadata: figure.savefig(
                     file, format=s[1:], dpi=150, bbox_inches="tight", metadata=m
                 ),

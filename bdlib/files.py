@@ -4,6 +4,7 @@ import errno
 import io
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,8 @@ def place(where: str | Path) -> Path:
 
     Raises ValueError for a URL whose kind of store has no driver installed.
     """
-    if "://" not in str(where):
+    where = str(where).removeprefix("file://")
+    if "://" not in where:
         return Path(where)
     from upath import UPath
 
@@ -25,6 +27,19 @@ def place(where: str | Path) -> Path:
     except (ImportError, ValueError) as error:
         raise ValueError(f"cannot use {where}: {error}") from error
     return found
+
+
+def require_reachable(path: Path) -> None:
+    """Raises ValueError that names the place if the object store that it is on does not answer."""
+    try:
+        path.exists()
+    except Exception as error:  # each driver raises kinds of its own
+        raise ValueError(f"cannot reach {path}: {error}") from error
+
+
+def file_name(text: str) -> str:
+    """The text as a name of a file: whatever a path or a URL might not take becomes a hyphen."""
+    return re.sub(r"[^\w.-]+", "-", text)
 
 
 def on_disk(path: Path) -> bool:

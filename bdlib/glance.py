@@ -5,12 +5,13 @@ What is not seen to fit need not be wrong: `fits` looks closer, and says what is
 
 import functools
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 
 from bdlib import names, profiles
-from bdlib.budget import resolve
+from bdlib.budget import even, resolve
 from bdlib.places import dataset_file
 from bdlib.sources import SOURCES
 
@@ -19,7 +20,7 @@ def fits(values: dict) -> bool:
     """True only if `fits.complaints` has nothing to say about these values."""
     try:
         return _named(values) and _sized(values)
-    except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile):
+    except (ValueError, TypeError, KeyError, OSError, EOFError, zipfile.BadZipFile, zlib.error):
         return False
 
 
@@ -52,6 +53,8 @@ def _sized(values: dict) -> bool:
     count = total if limits_training and str(budget) == "0" else resolve(budget, total, len(sizes), values["dataset"])
     if limits_training:
         sizes, total = _part(sizes, total, count), count
+    elif not even(sizes, count):
+        return False
     if not 0 <= target_label < len(sizes):
         return False
     pool = sizes[target_label] if values["attack"] in names.CLEAN_LABEL else total

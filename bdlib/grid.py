@@ -9,12 +9,12 @@ import functools
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from bdlib import profiles
+from bdlib.files import file_name
 
 # The axes of the grid, each a parameter of every notebook; any other parameter is set with --set.
 AXES = ("dataset", "arch", "attack", "budget", "poison_rate", "target_label", "seed")
@@ -96,7 +96,8 @@ def plan(
     Raises ValueError if a parameter is given two values for the same run.
     """
     twice = [f"{name} {value!r}" for name, values in axes.items() if values for value in _repeated(values)]
-    twice += [f"{name} (an option and --set)" for name in extra if axes.get(name) or name in ("profile", "out")]
+    if owned := [name for name in extra if name in (*AXES, "profile", "out")]:
+        raise ValueError(f"--set is for parameters that have no option of their own, got {', '.join(owned)}")
     if twice:
         raise ValueError(f"given twice for the same run: {', '.join(twice)}")
     runs = []
@@ -121,7 +122,7 @@ def _run(notebook: Path, parameters: dict[str, object], out: Path) -> Run:
     shown = {name: value for name, value in parameters.items() if name != "out"}
     short = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:6]
     words = [parameters[name] for name in ("dataset", "attack", "budget", "seed")]
-    label = re.sub(r"[^\w.-]+", "-", "_".join(str(word) for word in words))[:60]
+    label = file_name("_".join(str(word) for word in words))[:60]
     folder = out / notebook.stem / f"{label}_{short}"
     whole = {name: _absolute(value) for name, value in parameters.items()} | {"out": str(folder)}
     return Run(notebook, whole, folder)
@@ -130,7 +131,7 @@ def _run(notebook: Path, parameters: dict[str, object], out: Path) -> Run:
 def _absolute(value: object) -> object:
     """A `folder:PATH` or `blended:FILE` with its path absolute, as every run has a working folder of its own."""
     kind, colon, path = value.partition(":") if isinstance(value, str) else ("", "", "")
-    return f"{kind}:{Path(path).absolute()}" if colon and kind in ("folder", "blended") else value
+    return f"{kind}:{Path(path).expanduser().absolute()}" if colon and kind in ("folder", "blended") else value
 
 
 def shard(runs: list[Run], part: int, parts: int) -> list[Run]:

@@ -108,7 +108,7 @@ def once(job: Job, source: str | None, tell: Tell) -> tuple[Outcome, str, bool]:
     work = Path(tempfile.mkdtemp(prefix="bdlib-"))
     try:
         log = work / "log.txt"
-        message = asdict(job) | {"source": source, "work": str(work)}
+        message = asdict(job) | {"source": source, "work": str(work), "parent": os.getpid()}
         with log.open("wb") as file:
             process = subprocess.Popen(
                 [sys.executable, "-m", "bdlib.child"],

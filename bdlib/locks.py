@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 from bdlib.files import on_disk
@@ -37,7 +38,7 @@ def held(path: Path) -> bool:
     from filelock import FileLock, Timeout
 
     if not on_disk(path):
-        return Lease(path).content() is not None
+        return Lease(path).alive()
     if not path.exists():
         return False
     try:
@@ -91,6 +92,14 @@ class Lease:
         except FileExistsError:
             return False
         return True
+
+    def alive(self) -> bool:
+        """Whether its holder refreshed it within `patience` seconds, by the store's clock and ours."""
+        try:
+            changed = self.path.fs.modified(self.path.path)
+        except FileNotFoundError:
+            return False
+        return (datetime.now(UTC) - changed).total_seconds() < self.patience
 
     def content(self) -> bytes | None:
         try:

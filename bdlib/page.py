@@ -21,8 +21,20 @@ SHOWN = {
 WORDS = ("notebook", "data", "network", "attack", "defense", "variant", "device")  # the columns that are not numbers
 
 
-def write(out: Path, whole: list[Run], known: dict[Path, State], rows: pd.DataFrame, pages: Collection[str]) -> None:
-    """Write the page; known: the state of each run by its folder; rows: of the finished ones; pages: places of runs with a page."""
+def write(
+    out: Path,
+    whole: list[Run],
+    known: dict[Path, State],
+    rows: pd.DataFrame,
+    *,
+    pages: Collection[str],
+    figures: Collection[str],
+) -> None:
+    """Write the page.
+
+    known: the state of each run by its folder; rows: of the finished ones; pages: places of runs with a page; figures: names of
+    files in OUT/figures.
+    """
     from jinja2 import Environment, PackageLoader
 
     template = Environment(loader=PackageLoader("bdlib", "."), autoescape=True, trim_blocks=True).get_template(
@@ -38,7 +50,7 @@ def write(out: Path, whole: list[Run], known: dict[Path, State], rows: pd.DataFr
         heads=heads,
         numbers=[index for index, head in enumerate(heads) if head not in WORDS],
         rows=results.percent(rows)[list(SHOWN)].to_numpy().tolist(),
-        figures=sorted(path.name for path in (out / "figures").glob("*.png")),
+        figures=sorted(figures),
     )
     write_atomic(out / "index.html", lambda file: file.write(text.encode()))
 

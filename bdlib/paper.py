@@ -12,12 +12,12 @@ command again goes on where it stopped.  Once the minutes are over nothing new i
 import argparse
 import dataclasses
 import functools
-import re
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import redirect_stdout
 from itertools import product
 from multiprocessing import get_context
@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from bdlib import compare, data, experiment, models, names, oracle, places, profiles, results
+from bdlib import compare, data, experiment, files, models, names, oracle, places, profiles, results
 from bdlib.experiment import Lab, Setting
 
 DATASETS = ("cifar10", "gtsrb")
@@ -37,7 +37,7 @@ METHODS = (
     "fine_tuning", "awm", "rnp", "ft_sam", "linf_pruning", "fine_pruning", "anp", "nad", "clp", "bnp", "ep",
 )  # fmt: skip
 IN_TRAINING, IN_TRAINING_ARCH = "cbd", "wrn_16_1"  # on the whole poisoned training set, with the network of its paper
-CLASSES = {"gtsrb": 43}  # a budget has an image of each class at least
+CLASSES = {"gtsrb": 43, "cifar100": 100, "tiny_imagenet": 200}  # a budget has an image of each class at least
 SMALL_TARGET = ("gtsrb",)  # class 0 has too few images for attacks on it alone
 
 
@@ -54,9 +54,12 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """A file's name, too."""
-        dataset = re.sub(r"[^\w.-]+", "-", self.dataset)
-        return f"{dataset}_{self.attack}_{self.seed}_{self.budget or IN_TRAINING}"
+        """For people."""
+        return f"{self.dataset}_{self.attack}_{self.seed}_{self.budget or IN_TRAINING}"
+
+    def file(self, profile: str, arch: str) -> str:
+        """The name of its files: one for each profile and network, as all of them may go to the same OUT."""
+        return files.file_name(f"{self.name}_{profile}_{self.setting(profile, arch).arch}")
 
     def setting(self, profile: str, arch: str) -> Setting:
         """That of the unit's network; the same for all budgets."""
@@ -185,8 +188,15 @@ def run_all(
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         running = {pool.submit(attempt, work, unit): unit for unit in units}
         try:
+            broken = False
             for done in as_completed(running):
-                yield running[done], done.result()
+                try:
+                    outcome = done.result()
+                except (
+                    BrokenProcessPool
+                ) as error:  # all that was not finished fails with it: what began, and what did not
+                    outcome, broken = False if broken else error, True
+                yield running[done], outcome
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -202,10 +212,11 @@ def attempt(work: Callable[[Unit], bool], unit: Unit) -> bool | Exception:
 
 def measure(unit: Unit, *, profile: str, arch: str, out: Path, deadline: float, quiet: bool) -> bool:
     """Measure what is still missing of the unit into OUT/parts; whether all of it is there now."""
-    log = out / "logs" / f"{unit.name}.txt"
+    file_name = unit.file(profile, arch)
+    log = out / "logs" / f"{file_name}.txt"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as file, redirect_stdout(file if quiet else sys.stdout):
-        part = out / "parts" / f"{unit.name}.csv"
+        part = out / "parts" / f"{file_name}.csv"
         known = set(compare.so_far(part).query("variant == 'default'")["defense"])
         missing = [name for name in unit.methods if name not in known]
         if not missing:

@@ -39,7 +39,7 @@ def require_writable(folder: Path) -> None:
     try:
         files.write_atomic(probe, lambda file: file.write(b"x"))
         probe.unlink()
-    except OSError as error:
+    except Exception as error:  # OSError on a disk; drivers of object stores raise kinds of their own
         raise ValueError(
             f"the store of models cannot be written, {folder}: {error}; BDLIB_HOME names another place"
         ) from error

@@ -1,8 +1,7 @@
-"""Figures drawn from rows: those of a batch (runall.py), and the committed ones (`make figures`)."""
+"""Figures drawn from rows: those of a batch (runall.py), and the committed ones (`python -m bdlib.report RUNS OUT`)."""
 
-import re
+import argparse
 import shutil
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +12,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 
 from bdlib import figures, results
+from bdlib.files import file_name
 
 
 def main(runs: Path, out: Path) -> None:
@@ -64,7 +64,7 @@ def usual(rows: pd.DataFrame) -> pd.DataFrame:
 def save_paper(rows: pd.DataFrame, out: Path) -> None:
     """Write out/paper_DATASET.csv, .png and .svg for every dataset in these rows."""
     for dataset, part in rows.groupby("dataset"):
-        name = "paper_" + re.sub(r"[^\w.-]+", "-", str(dataset))
+        name = file_name(f"paper_{dataset}")
         results.save(part, out / f"{name}.csv")
         figures.save(heatmap_figure(part), out / name)
 
@@ -73,21 +73,27 @@ def save_attacks(rows: pd.DataFrame, out: Path) -> None:
     """Write out/attacks_DATASET.csv, .png and .svg for every dataset on which more than one attack was measured."""
     for dataset, part in rows.groupby("dataset"):
         if part["attack"].nunique() > 1:
-            name = "attacks_" + re.sub(r"[^\w.-]+", "-", str(dataset))
+            name = file_name(f"attacks_{dataset}")
             results.save(part, out / f"{name}.csv")
             figures.save(planted_figure(part), out / name)
 
 
-def draw_batch(rows: pd.DataFrame, out: Path) -> None:
-    """Write one figure for each dataset, attack and network of a batch to `out`: every method's ACC and ASR."""
-    for key, part in rows.groupby(["dataset", "attack", "arch"]):
-        figures.save(methods_figure(part), out / re.sub(r"[^\w.-]+", "-", "_".join(map(str, key))))
+def draw_batch(rows: pd.DataFrame, out: Path) -> list[str]:
+    """Write a figure for each network of a batch, over its seeds, to `out`: every method's ACC and ASR.  The names of the PNGs."""
+    # What differs within the batch parts the rows and is in the names.
+    also = [name for name in ("poison_rate", "target_label", "profile") if rows[name].nunique() > 1]
+    names = []
+    for key, part in rows.groupby(["dataset", "attack", "arch", *also]):
+        names.append(file_name("_".join(map(str, key))))
+        figures.save(methods_figure(part), out / names[-1])
+    return [f"{name}.png" for name in names]
 
 
 def methods_figure(rows: pd.DataFrame) -> plt.Figure:
-    """ACC and ASR of every method and budget in these rows, which share a dataset, an attack and a network."""
+    """ACC and ASR of every method and budget in these rows, which share everything else but the seed."""
     rows = rows.assign(method=figures.labels(rows)).drop_duplicates(["method", "seed"])
-    return lines_figure(rows, "method")
+    rates = ", ".join(f"{100 * rate:g}%" for rate in rows["poison_rate"].unique())
+    return lines_figure(rows, "method", f" · {rates} poisoned")
 
 
 def budget_figure(rows: pd.DataFrame, methods: list[tuple[str, str]]) -> plt.Figure:
@@ -408,4 +414,7 @@ FIGURES: dict[str, dict[str, Callable[[pd.DataFrame], plt.Figure]]] = {
 }
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    parser = argparse.ArgumentParser(prog="python -m bdlib.report", description=main.__doc__)
+    parser.add_argument("runs", type=Path, help="folder with batches: every results.csv below it is read")
+    parser.add_argument("out", type=Path, help="folder for the CSV files and the figures")
+    main(**vars(parser.parse_args()))

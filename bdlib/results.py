@@ -139,64 +139,64 @@ def published() -> pd.DataFrame:
 
 # Our attack -> what papers call it: "Blended" mixes noise in (ANP's family) or a picture (BackdoorBench's), and both are compared.
 PRINTED_AS = {"blended_picture": "blended"}
+# Of the ledger, the best first.
+VERDICTS = ["reproduced", "ASR only", "ACC only", "neither", "not available"]
+# Column that `paper_vs_ours` shows -> value it has there.
+COMPARED = {"ACC before": "acc_before", "ASR before": "asr_before", "ACC": "acc", "ASR": "asr"}
 
 
 def paper_vs_ours(rows: pd.DataFrame, defense: str, attack: str) -> pd.DataFrame:
     """Printed numbers for a defense against an attack beside our means over seeds, in percent, with what differs.
 
     One line for each printed number with its source, one for each of our settings; "not available" where nobody printed one.
+    "images held" is the clean budget, for a defense in training the number of training images.
     """
     known = published()
     known = known[(known["defense"] == defense) & (known["attack"] == PRINTED_AS.get(attack, attack))]
-    lines = [
-        {
-            "who": "published",
-            "dataset": row.dataset,
-            "clean budget": row.clean_budget,
-            "ACC": row.acc if pd.notna(row.acc) else "not available",
-            "ASR": row.asr,
-            "seeds": "not stated",
-            "source or protocol": "; ".join(
-                str(part) for part in (row.source, row.arch, row.asr_convention, row.note) if pd.notna(part)
-            ),
-        }
-        for row in known.itertuples()
-    ]
-    if not lines:
-        nothing = "not available"
-        lines = [
-            {
-                "who": "published",
-                "dataset": nothing,
-                "clean budget": nothing,
-                "ACC": nothing,
-                "ASR": nothing,
-                "seeds": nothing,
-                "source or protocol": "no printed number known: add a row to bdlib/published.csv",
-            }
-        ]
-    for row in over_seeds(rows.query("defense == @defense and attack == @attack")).itertuples():
-        lines.append(
-            {
-                "who": "ours",
-                "dataset": row.dataset,
-                "clean budget": row.budget,
-                "ACC": _mean_sd(row.acc, row.acc_sd),
-                "ASR": _mean_sd(row.asr, row.asr_sd),
-                "seeds": row.seeds,
-                "source or protocol": f"{row.variant}; {100 * row.poison_rate:g}% poisoned; {row.arch}; profile {row.profile}; "
-                "target-class images left out of ASR",
-            }
-        )
-    return pd.DataFrame(lines)
+    found = over_seeds(rows.query("defense == @defense and attack == @attack"), COMPARED.values())
+    printed = [_printed_line(row) for row in known.to_dict("records")]
+    ours = [_our_line(row) for row in found.to_dict("records")]
+    if not printed:
+        columns = ["who", "dataset", "images held", *COMPARED, "seeds", "source or protocol"]
+        source = "no printed number known: add a row to bdlib/published.csv"
+        printed = [dict.fromkeys(columns, "not available") | {"who": "published", "source or protocol": source}]
+    return pd.DataFrame(printed + ours)
+
+
+def _printed_line(row: dict) -> dict:
+    """A row of published.csv as a line of `paper_vs_ours`."""
+    parts = [row[name] for name in ("source", "arch", "asr_convention", "note")]
+    return {
+        "who": "published",
+        "dataset": row["dataset"],
+        "images held": row["clean_budget"],
+        **{shown: row[name] if pd.notna(row[name]) else "not available" for shown, name in COMPARED.items()},
+        "seeds": "not stated",
+        "source or protocol": "; ".join(str(part) for part in parts if pd.notna(part)),
+    }
+
+
+def _our_line(row: dict) -> dict:
+    """A setting's means over seeds as a line of `paper_vs_ours`."""
+    return {
+        "who": "ours",
+        "dataset": row["dataset"],
+        "images held": row["budget"],
+        **{shown: _mean_sd(row[name], row[f"{name}_sd"]) for shown, name in COMPARED.items()},
+        "seeds": row["seeds"],
+        "source or protocol": f"{row['variant']}; {100 * row['poison_rate']:g}% poisoned; {row['arch']}; profile {row['profile']}; "
+        "target-class images left out of ASR",
+    }
 
 
 def ledger(rows: pd.DataFrame, near: tuple[float, float] = (5.0, 3.0)) -> pd.DataFrame:
     """Every printed number of a defense that is in the rows beside ours: difference, what differs in the protocol, verdict.
 
     near: points within which ASR, and the drop of ACC, count as equal (ours).  ACC is compared by its drop, because the networks
-    differ.  verdict: "reproduced" if both are near, "partly" if one is, "not" if none is; "not available" where either side lacks a
-    number.  Our datasets have the same names as the printed rows', and so have our attacks but for those in PRINTED_AS.
+    differ.  verdict: "reproduced" if both are near, "ASR only" or "ACC only" if one is (a method that does nothing is near in ACC),
+    "neither" if none is; "not available" where either side lacks a number.  line: of the printed number in published.csv, as each
+    stands beside all our settings.  Our datasets have the same names as the printed rows', and so have our attacks but for those in
+    PRINTED_AS.
     """
     ours = over_seeds(rows, [*SHOWN, "acc_before"])
     ours = ours.assign(
@@ -204,7 +204,9 @@ def ledger(rows: pd.DataFrame, near: tuple[float, float] = (5.0, 3.0)) -> pd.Dat
     )
     keys = ["defense", "dataset", "attack"]
     known = published()
-    known = known[known["defense"].isin(ours["defense"])]
+    known = known.assign(line=known.index + 2)[
+        known["defense"].isin(ours["defense"])
+    ]  # line 1 of the file holds the names
     both = known.merge(ours, on=keys, how="left", suffixes=("_printed", ""))
     drop_printed, drop = both["acc_before_printed"] - both["acc_printed"], 100 * (both["acc_before"] - both["acc"])
     found = pd.DataFrame(
@@ -219,13 +221,12 @@ def ledger(rows: pd.DataFrame, near: tuple[float, float] = (5.0, 3.0)) -> pd.Dat
             "protocol, printed": _joined(both, ["arch_printed", "clean_budget", "asr_convention", "note"]),
             "protocol, ours": _joined(both, ["other", "arch", "budget", "profile", "variant"]),
             "source": both["source"],
+            "line": both["line"],
         }
     )
-    equal = pd.DataFrame(
-        {"asr": found["ASR difference"].abs() <= near[0], "acc": (drop - drop_printed).abs() <= near[1]}
-    )
+    asr, acc = found["ASR difference"].abs() <= near[0], (drop - drop_printed).abs() <= near[1]
     missing = found["ASR difference"].isna() | drop.isna() | drop_printed.isna()
-    verdict = equal.sum(axis=1).map({0: "not", 1: "partly", 2: "reproduced"}).mask(missing, "not available")
+    verdict = (2 * asr + acc).map(dict(enumerate(VERDICTS[3::-1]))).mask(missing, VERDICTS[4])
     return found.round(1).assign(verdict=verdict)
 
 

@@ -1,7 +1,7 @@
 """What is known of the runs below an output folder, on a disk or an object store: finished, failed, running, how long they took.
 
-A run's folder holds `executed.ipynb`, `log.txt`, the notebook's own `rows.csv`, and, written last, `done.json` or `failed.json`;
-`.lock` is held while it runs.  `page` adds `executed.html`.
+A run's folder holds `begun.json`, `executed.ipynb`, `log.txt`, the notebook's own `rows.csv`, and, written last, `done.json` or
+`failed.json`; `.lock` is held while it runs.  `page` adds `executed.html`.
 """
 
 import functools
@@ -14,7 +14,7 @@ import pandas as pd
 
 import bdlib
 from bdlib import locks, results
-from bdlib.files import read_json, write_atomic, write_json
+from bdlib.files import on_disk, read_json, write_atomic, write_json
 from bdlib.grid import Run
 
 WORDS = ("done", "running", "failed", "missing")
@@ -58,9 +58,10 @@ class Listing:
     """
 
     def __init__(self, out: Path) -> None:
-        from fsspec.core import url_to_fs
+        import fsspec
 
-        self.store, root = url_to_fs(str(out))
+        # A path is taken as it is: `url_to_fs` reads "::" in a folder's name as a chain of stores.
+        self.store, root = (fsspec.filesystem("file"), str(out)) if on_disk(out) else fsspec.core.url_to_fs(str(out))
         self.store.invalidate_cache()
         parts = ((path, path.removeprefix(root).strip("/").split("/")) for path in self.store.find(root))
         self.paths = {"/".join(names): path for path, names in parts if len(names) == 3}
@@ -82,8 +83,11 @@ class Listing:
     def notes(self, name: str) -> dict[str, dict]:
         """What the JSON file of this name says, for each run that has it; {} where it is damaged or just went away."""
         places = {run: self.paths[f"{run}/{name}"] for run in self.runs_with(name)}
-        texts = self.store.cat(list(places.values()), on_error="omit") if places else {}
-        return {run: read_json(texts.get(path, b"")) for run, path in places.items()}
+        # Not `cat`, which takes "[1]" in a folder's name for a pattern; on an object store this too asks for all at once.
+        texts = self.store.cat_ranges(list(places.values()), None, None, on_error="return")
+        return {
+            run: read_json(text if isinstance(text, bytes) else b"") for run, text in zip(places, texts, strict=True)
+        }
 
 
 def estimates(there: Listing) -> dict[tuple, float]:

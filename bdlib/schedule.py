@@ -24,7 +24,7 @@ LOOK = 5  # seconds after which new workers are looked for
 
 def default_workers() -> int:
     """One for each GPU, or one for every OMP_NUM_THREADS cores, where that is not set for every two."""
-    return job.gpus() or max(1, job.cores() // int(os.environ.get("OMP_NUM_THREADS") or 2))
+    return job.gpus() or max(1, job.cores() // (told_threads() or 2))
 
 
 @contextmanager
@@ -74,7 +74,15 @@ def threads(workers: int | None, scheduler: str | None) -> int | None:
     """CPU threads of each process: OMP_NUM_THREADS if set, or else a share of the cores; None: a worker elsewhere decides itself."""
     if scheduler:
         return None
-    return int(os.environ.get("OMP_NUM_THREADS") or max(1, job.cores() // (workers or default_workers())))
+    return told_threads() or max(1, job.cores() // (workers or default_workers()))
+
+
+def told_threads() -> int | None:
+    """OMP_NUM_THREADS, of a list the first number; None where it is not set.  Raises ValueError where it is no number from 1 on."""
+    first = os.environ.get("OMP_NUM_THREADS", "").partition(",")[0].strip()
+    if first and not (first.isdecimal() and int(first)):
+        raise ValueError(f"OMP_NUM_THREADS must be a whole number from 1 on, got {os.environ['OMP_NUM_THREADS']!r}")
+    return int(first) if first else None
 
 
 def run_all(

@@ -106,6 +106,19 @@ def test_a_pattern_is_added_and_clipped():
     assert torch.allclose(made(images)[:, 0, 0, 0], torch.tensor([0.4, 1.0]))
 
 
+@pytest.mark.parametrize("size", [8, 16, 32])
+def test_lf_blurs_images_of_any_size(size):
+    """By hand: a Gaussian of 1/16 of the width along both axes, cut after twice its rounded sigma, one pixel's at least."""
+    logits = torch.randn(3, size, size, generator=torch.Generator().manual_seed(0))
+    sigma, reach = size / 16, 2 * max(1, round(size / 16))
+    weights = torch.exp(-(torch.arange(-reach, reach + 1.0).square()) / (2 * sigma**2))
+    padded = F.pad(logits.sigmoid()[None], [reach] * 4, mode="reflect")
+    kernel = torch.outer(weights, weights).div(weights.sum() ** 2).expand(3, 1, -1, -1)
+    blurred = 0.2 * F.conv2d(padded, kernel, groups=3)[0]
+    assert torch.allclose(pattern._smooth(logits, sigma), blurred, atol=1e-6)
+    assert blurred.std() < 0.8 * (0.2 * logits.sigmoid()).std()
+
+
 # Label-consistent
 
 
@@ -325,6 +338,19 @@ def test_ssba_puts_its_one_secret_into_every_image(attacker, split):
         other = trigger.put(images, 1 - trigger.secret.repeat(3, 1))
     assert torch.equal(trigger(images), expected) and not torch.equal(other, expected)
     assert set(trigger.secret.tolist()) == {0.0, 1.0}
+
+
+# Images that the picture-to-picture network cannot halve three times
+
+
+@pytest.mark.parametrize(("module", "name"), [(input_aware, "input_aware"), (lira, "lira"), (ssba, "ssba")])
+@pytest.mark.parametrize("shape", [(12, 16), (16, 20)])
+def test_a_size_that_is_no_multiple_of_8_is_refused_before_anything_is_made(attacker, split, module, name, shape):
+    cut = dataclasses.replace(split, images=torch.zeros(48, 3, *shape, dtype=torch.uint8))
+    attacker = dataclasses.replace(attacker, train=cut, fresh_model=lambda generator: pytest.fail("a network was made"))
+    sizes = f"height and width are multiples of 8 pixels, got {shape[0]} x {shape[1]}"
+    with pytest.raises(ValueError, match=f"attack '{name}' needs images whose {sizes}"):
+        module.build(attacker)
 
 
 # Every attack by its name

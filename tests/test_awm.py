@@ -233,6 +233,7 @@ def test_official_recipes():
     assert awm.recipe(500, 10) == AwmConfig()
     one_shot = awm.recipe(10, 10)
     assert (one_shot.batch_size, one_shot.tau, one_shot.alpha, one_shot.copies) == (32, 100, 0.99, 9)
+    assert awm.recipe(43, 43) == one_shot  # CIFAR-10's, not GTSRB's own
     few = awm.recipe(50, 10)
     assert (few.batch_size, few.tau, few.alpha, few.copies) == (32, 100, 0.9, 1)
     assert awm.recipe(128, 10) == awm.recipe(499, 10) == AwmConfig(lr_decay=0.9)

@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from bs4 import BeautifulSoup
 
+from bdlib.book import __main__ as command
 from bdlib.book import front, glossary, outputs, pages, prose
 from tests.stored import NOTEBOOKS, ROOT, cells, figures, source
 
@@ -213,6 +214,26 @@ def test_a_book_for_students_answers_no_exercise(tmp_path):
         graded = [cell for cell in whole if "nbgrader" in cell["metadata"]]
         assert len(graded) == (10 if "01" <= path.name < "06" else 0) and len(given) == len(whole) - len(graded)
         assert not any("BEGIN SOLUTION" in source(cell) for cell in given)
+
+
+def test_no_folder_but_an_earlier_book_is_replaced(tmp_path, monkeypatch, capsys):
+    def site(work):
+        (work / "html").mkdir(parents=True)
+        (work / "html" / ".buildinfo").write_text("Sphinx was here")
+        return 0
+
+    monkeypatch.setattr(command, "run_sphinx", site)
+    monkeypatch.setattr(pages, "assemble", lambda *_, **__: None)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.txt").write_text("mine")
+    with pytest.raises(SystemExit) as stopped:
+        command.main(["--out", str(tmp_path / "thesis")])
+    assert stopped.value.code == 2 and str(tmp_path / "thesis") in capsys.readouterr().err
+    assert (tmp_path / "thesis" / "chapter.txt").read_text() == "mine"
+    (tmp_path / "empty").mkdir()
+    for name in ("empty", "new/book", "new/book"):
+        assert command.main(["--out", str(tmp_path / name)]) == 0
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["book"]
 
 
 def test_progress_ends_as_a_terminal_shows_it():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -42,6 +43,26 @@ def test_what_may_be_wrong_is_asked_about_and_nothing_else(plan):
     (said,) = checks.complaints(plan(attack=["blend", "badnets"]))
     assert said.startswith("00_backdoors: attack must be one of badnets")
     assert [values["attack"] for values in plan.asked[0]] == ["blend"]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("poison_rate", None),
+        ("poison_rate", [1]),
+        ("poison_rate", True),
+        ("target_label", 1.5),
+        ("target_label", False),
+        ("mood", 1),
+    ],
+)
+def test_a_value_of_another_kind_is_named(plan, name, value):
+    (run,) = plan()
+    changed = replace(run, parameters=run.parameters | {name: value})
+    (said,) = checks.complaints([changed])
+    assert f"parameter {name} must be like" in said and said.endswith(f"got {value!r}") and plan.asked == []
+    whole = replace(run, parameters=run.parameters | {"poison_rate": 1})
+    assert checks.complaints([whole]) == []
 
 
 def test_files_of_the_user_are_looked_at(plan, tmp_path):

@@ -8,7 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
-from bdlib import compare, data, experiment, models, profiles, results
+from bdlib import compare, data, experiment, figures, models, profiles, report, results
 from bdlib.defenses import catalog
 from bdlib.selection import NoResult
 from bdlib.train import TrainConfig
@@ -98,8 +98,28 @@ def test_the_stored_rows_are_of_the_methods_as_they_are():
     stored = experiment.stored_rows("all_five_rows").query("budget == 200 and defense != 'none'")
     assert set(compare.chosen("post-training")) <= set(stored["defense"])
     for row in stored.itertuples():
-        config = dataclasses.asdict(catalog.METHODS[row.defense].config(held))
+        methods = catalog.AS_MANY_STEPS if row.variant == compare.STEPS else catalog.METHODS
+        config = dataclasses.asdict(methods[row.defense].config(held))
         assert json.loads(row.config) == json.loads(json.dumps(config)), row.defense
+
+
+def test_the_baselines_of_ft_sam_make_as_many_steps_in_rows_of_their_own(lab, tmp_path):
+    """With 20 images one step an epoch either way, with 200 seven."""
+    for count in (20, 200):
+        held = dataclasses.replace(compare.held(lab), clean=lab.train.subset(slice(count)))
+        sam = catalog.METHODS["ft_sam"].config(held)
+        plain = catalog.AS_MANY_STEPS["fine_tuning"].config(held)
+        assert (plain.batch_size, plain.epochs) == (sam.batch_size, sam.epochs) and not plain.drop_last
+        assert catalog.AS_MANY_STEPS["fine_pruning"].config(held).tuning == plain
+    kept = tmp_path / "measured.csv"
+    (row,) = compare.rows_with_as_many_steps(lab, ["fine_tuning", "anp"], results.load(), measured=kept)
+    assert (row["defense"], row["variant"], json.loads(row["config"])["batch_size"]) == (
+        "fine_tuning",
+        "as many steps",
+        32,
+    )
+    assert compare.rows_with_as_many_steps(lab, ["fine_tuning"], results.load(kept)) == [row]
+    assert figures.method_name(row["defense"], row["variant"]) == "FT, as many steps"
 
 
 def test_any_other_error_is_not_taken_for_a_result(lab, counted, monkeypatch):
@@ -135,7 +155,9 @@ def test_the_overview_shows_what_a_methods_rule_changed(lab):
 
 def test_extras_are_named_with_commas():
     assert compare.chosen_extras("") == [] and compare.chosen_extras("oracle, control") == ["oracle", "control"]
-    with pytest.raises(ValueError, match="extras must be out of control, oracle, detection, or empty, got orcale"):
+    with pytest.raises(
+        ValueError, match="extras must be out of control, oracle, detection, steps, or empty, got orcale"
+    ):
         compare.chosen_extras("control, orcale")
 
 
@@ -173,6 +195,13 @@ def test_detection_reads_the_three_methods_and_goes_on_where_rnp_gives_up(lab, m
     assert seen["clp"] == pytest.approx(1.5)  # (5 - 2) / 2
     elsewhere = replace(lab, setting=replace(lab.setting, target_label=3))
     assert compare.detection(elsewhere)["rnp_right"] == 1.0
+    to_all = replace(lab, setting=replace(lab.setting, attack="badnets_a2a"))
+    row = to_all.row(
+        "none", "default", lab.model, budget=20, seconds=0, config=None, measures=compare.detection(to_all)
+    )
+    (suspect,) = report.suspects(results.table([row])).to_dict("records")
+    assert suspect["nc"] == pytest.approx(seen["nc"], abs=1e-3) and suspect["rnp"] == 0.7
+    assert pd.isna(suspect["nc_right"]) and pd.isna(suspect["rnp_right"])  # no one class is the attacker's
 
     def give_up(*rest, **named):
         raise NoResult("unlearning reached a clean accuracy of 0.225")

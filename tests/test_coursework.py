@@ -198,3 +198,23 @@ def test_a_batch_leaves_the_exercises_out(name):
     kept = [source(cell) for cell in json.loads(text)["cells"]]
     assert not any("SOLUTION" in cell or "HIDDEN TESTS" in cell for cell in kept)
     assert sum("results.save(" in cell for cell in kept) == 1
+
+
+def test_solutions_are_executed_once_for_each_bdlib_and_store(tmp_path, monkeypatch):
+    executed = []
+
+    def execute(path, *_, **__):
+        executed.append(path)
+        (tmp_path / "home" / "store").mkdir(parents=True, exist_ok=True)
+        return nbformat.read(path, 4)
+
+    monkeypatch.setattr("papermill.execute_notebook", execute)
+    monkeypatch.setenv("BDLIB_HOME", "elsewhere")
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    counts = []
+    for change in (lambda: None, lambda: None, (tmp_path / "home" / "store").rmdir, lambda: "another bdlib"):
+        if change() == "another bdlib":
+            monkeypatch.setattr(grid, "package_hash", lambda: "another")
+        coursework.solve("01_linf_pruning", tmp_path)
+        counts.append(len(executed))
+    assert counts == [1, 1, 2, 3]

@@ -11,8 +11,10 @@ import shutil
 import struct
 import tarfile
 import threading
+import time
 import tracemalloc
 import zipfile
+from dataclasses import replace
 from hashlib import md5
 from pathlib import Path
 
@@ -220,6 +222,23 @@ def test_cifar10_is_downloaded_once_checked_and_cached(web, tmp_path, monkeypatc
     (folder / "cifar-10-python.tar.gz").unlink()
     assert data.load("cifar10", tmp_path / "data")[0].sha256() == train.sha256()
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["cifar10.npz"]
+
+
+def test_of_several_processes_one_downloads(tmp_path, monkeypatch):
+    fetched = []
+
+    def slow(folder):
+        fetched.append(folder)
+        time.sleep(0.5)
+        return arrays()
+
+    monkeypatch.setitem(data.SOURCES, "cifar10", replace(data.SOURCES["cifar10"], fetch=slow))
+    threads = [threading.Thread(target=data.load, args=("cifar10", tmp_path)) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(fetched) == 1 and [path.name for path in tmp_path.iterdir()] == ["cifar10.npz"]
 
 
 @pytest.mark.parametrize("served", [None, b"half an archive"])

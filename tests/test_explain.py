@@ -277,8 +277,9 @@ def test_a_synthetic_trigger_paints_its_pattern_where_its_mask_is():
 
 def synthesis_by_hand(model, clean, target, config, generator):
     """The logits of mask and pattern after so many steps of Adam, and the batches."""
-    mask = (torch.randn(1, 1, 8, 8, generator=generator) * 0.1 - 2).requires_grad_(True)
-    pattern = (torch.randn(1, 3, 8, 8, generator=generator) * 0.1).requires_grad_(True)
+    size = clean.images.shape[2:]
+    mask = (torch.randn(1, 1, *size, generator=generator) * 0.1 - 2).requires_grad_(True)
+    pattern = (torch.randn(1, 3, *size, generator=generator) * 0.1).requires_grad_(True)
     picks = torch.randint(len(clean), (config.steps, min(config.batch_size, len(clean))), generator=generator)
     adam = torch.optim.Adam([mask, pattern], lr=config.lr)
     for batch in picks:
@@ -286,7 +287,8 @@ def synthesis_by_hand(model, clean, target, config, generator):
         logits = model(clean.images[batch] / 255 * (1 - m) + m * p)
         probability = logits.softmax(1)[:, target]
         adam.zero_grad()
-        (config.weight * m.abs().sum() - probability.log().mean()).backward()
+        # |m|_1 counts pixels of an image of 32 x 32: 1024 times the mean
+        (config.weight * 1024 * m.abs().mean() - probability.log().mean()).backward()
         adam.step()
     return mask.sigmoid(), pattern.sigmoid()
 
@@ -294,11 +296,13 @@ def synthesis_by_hand(model, clean, target, config, generator):
 @pytest.mark.parametrize(
     "config",
     [
-        SynthesisConfig(steps=4, batch_size=10, lr=0.5, weight=0.3),
+        SynthesisConfig(steps=4, batch_size=10, lr=0.5, weight=0.02),
         SynthesisConfig(steps=4, batch_size=500, weight=0.0),
     ],
 )
-def test_synthesis_by_hand(network, tiny, config):
+@pytest.mark.parametrize("times", [1, 4, 8], ids=["8 x 8", "32 x 32", "64 x 64"])
+def test_synthesis_by_hand(network, tiny, config, times):
+    tiny = replace(tiny, images=tiny.images.repeat_interleave(times, 2).repeat_interleave(times, 3))
     network.eval()
     mask, pattern = synthesis_by_hand(network, tiny, 2, config, torch.Generator().manual_seed(0))
     network.train()

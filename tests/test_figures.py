@@ -1,6 +1,7 @@
 """Figures: what is on the axes, the same color for the same method, the same bytes for the same figure."""
 
 import json
+from pathlib import Path
 
 import matplotlib.pyplot as plt
 import pandas as pd
@@ -113,6 +114,20 @@ def test_report_keeps_the_rows_of_all_attacks_by_dataset(tmp_path):
     names = [f"attacks_cifar10.{suffix}" for suffix in ("csv", "png", "svg")]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [*names, "ledger.csv"]
     assert len(results.load(tmp_path / "out" / "attacks_cifar10.csv")) == 6
+
+
+def test_a_batch_has_a_figure_for_each_network(tmp_path):
+    rows = [
+        row(attack="blended:/x/kitty.png", arch=arch, poison_rate=rate) for arch in ("a:8", "b") for rate in (0.01, 0.1)
+    ]
+    names = report.draw_batch(results.table(rows), tmp_path)
+    assert names == [f"signs_blended-x-kitty.png_{arch}_{rate}.png" for arch in ("a-8", "b") for rate in (0.01, 0.1)]
+    pictures = [path.with_suffix(suffix).name for path in map(Path, names) for suffix in (".png", ".svg")]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(pictures)
+    figure = report.methods_figure(results.table(rows[:1]))
+    assert figure.axes[0].get_title().endswith("1% poisoned")
+    plt.close(figure)
+    assert report.draw_batch(results.table(rows[:1]), tmp_path) == ["signs_blended-x-kitty.png_a-8.png"]
 
 
 def test_planted_attacks_stand_by_strength_with_an_unusual_rate():
@@ -443,7 +458,7 @@ def test_the_roc_tells_backdoored_from_clean_networks(compared):
     }
     compared.loc[gave_up, "measures"] = json.dumps(measures)
     figure = report.FIGURES["all_five"]["detection"](compared)
-    assert "RNP, share of one class, AUROC 0.50 of 5" in [
+    assert "RNP, share of one class, AUROC 0.50 (5 networks)" in [
         text.get_text() for text in figure.axes[0].get_legend().get_texts()
     ]
     plt.close(figure)

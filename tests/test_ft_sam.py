@@ -312,6 +312,19 @@ def test_the_recipe_takes_a_tenth_of_the_images_a_batch(count, size):
     assert ft_sam.recipe(count) == FtSamConfig(batch_size=size)
 
 
+@pytest.mark.parametrize(
+    ("count", "steps", "factor"),
+    [
+        (2500, 1000, 1), (500, 1000, 1), (289, 1000, 1), (288, 900, 0), (250, 800, 1), (200, 700, 0), (100, 400, 1), (50, 200, 1),
+        (10, 100, 0),
+    ],
+)  # fmt: skip
+def test_the_recipes_rate_ends_where_the_number_of_batches_says(count, steps, factor):
+    config = ft_sam.recipe(count)
+    assert config.epochs * math.ceil(count / min(config.batch_size, count)) == steps
+    assert ft_sam.lr_factor(config, steps)(steps) == pytest.approx(factor, abs=1e-9)
+
+
 def test_the_papers_variant_has_plain_cross_entropy():
     assert ft_sam.paper_variant(FtSamConfig(rho=8.0)) == FtSamConfig(rho=8.0, label_smoothing=0.0, schedule="cosine")
 

@@ -52,6 +52,20 @@ def test_it_never_lets_pass_what_the_closer_look_refuses(uneven):
     assert len(passed) > 100
 
 
+def test_a_budget_that_the_smallest_class_cannot_give_is_refused(uneven):
+    values = USUAL | {"dataset": "gtsrb", "profile": "paper", "arch": "preact_resnet18:2"}
+    for budget, said in (
+        (60, None),
+        (62, None),
+        (63, "at most 60"),
+        (3000, "needs 1000 images of class 'a', which has 20"),
+    ):
+        (problem,) = fits.complaints([values | {"budget": budget}])
+        assert (problem is None) == (said is None) == glance.fits(values | {"budget": budget}), budget
+        assert said is None or said in problem
+    assert glance.fits(values | {"notebook": "04_cbd", "budget": 3000}), "there the budget is the training set"
+
+
 @pytest.mark.parametrize("notebook", sorted(names.PAPERS))
 def test_usual_grids_are_seen_to_fit(notebook, tmp_path, monkeypatch):
     monkeypatch.setenv("BDLIB_DATA", str(tmp_path))
@@ -78,8 +92,16 @@ def test_what_is_wrong_or_unclear_is_left_to_the_closer_look(change):
 
 
 def test_a_damaged_dataset_is_left_to_the_closer_look(uneven, tmp_path):
-    (tmp_path / "gtsrb.npz").write_bytes(b"PK damaged")
-    assert not glance.fits(USUAL | {"dataset": "gtsrb"})
+    whole = (tmp_path / "gtsrb.npz").read_bytes()
+    with np.load(tmp_path / "gtsrb.npz") as arrays:
+        np.savez_compressed(tmp_path / "small.npz", **arrays)
+    small = bytearray((tmp_path / "small.npz").read_bytes())
+    for at in range(60, len(small), 20):  # zlib's own error is one of those that this makes
+        small[at] ^= 255
+    for damaged in (b"PK damaged", whole[:1000], bytes(small)):
+        (tmp_path / "gtsrb.npz").write_bytes(damaged)
+        glance._counted.cache_clear()
+        assert not glance.fits(USUAL | {"dataset": "gtsrb"})
 
 
 def test_it_does_not_import_torch():

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from datetime import datetime, timedelta
 
 import pytest
 
@@ -59,6 +60,15 @@ def test_a_lease_that_nobody_refreshes_is_taken_over_and_a_refreshed_one_is_not(
     got.join(10)
     assert not got.is_alive()
     other.release()
+
+
+def test_a_lease_of_a_dead_process_is_not_held(bucket, monkeypatch):
+    with locks.hold(bucket / "a.lock"):
+        monkeypatch.setattr(locks, "datetime", later := type("", (), {}))
+        later.now = lambda zone: datetime.now(zone) + timedelta(seconds=59)
+        assert locks.held(bucket / "a.lock")
+        later.now = lambda zone: datetime.now(zone) + timedelta(seconds=62)
+        assert not locks.held(bucket / "a.lock")
 
 
 def test_a_lease_is_not_released_by_one_who_lost_it(bucket):

@@ -1,5 +1,7 @@
 """The table without Jupyter: what comes first, what a second call still does, a stop in time, and bad input."""
 
+import os
+import signal
 import time
 
 import pandas as pd
@@ -92,6 +94,32 @@ def test_rows_are_those_of_the_notebooks_and_nothing_is_measured_twice(small, mo
     pd.testing.assert_frame_equal(rows, again)
 
 
+def test_another_network_or_profile_is_measured_though_the_first_is_there(small):
+    words = ("--budgets", "20", "--methods", "bnp")
+    small(*words)
+    _, rows = small(*words, "--arch", "preact_resnet18:3")
+    assert list(rows["arch"]) == ["preact_resnet18:2"] * 2 + ["preact_resnet18:3"] * 2
+    files = [
+        unit.file(profile, arch)
+        for unit in planned()
+        for profile in profiles.NAMES
+        for arch in ("resnet18", "vgg_small:8")
+    ]
+    # CBD has its own network, whatever the others'.
+    assert len(set(files)) == 3 * (2 * len(planned()) - 9 * 3 - 7 * 3)
+
+
+def dies(unit):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_is_one_failure_and_the_rest_is_left(capsys):
+    outcomes = [outcome for _, outcome in paper.run_all(planned()[:5], dies, workers=2)]
+    assert [type(outcome).__name__ for outcome in outcomes] == ["BrokenProcessPool"] + ["bool"] * 4 and not any(
+        outcomes[1:]
+    )
+
+
 def test_rnp_has_a_row_for_each_threshold(small):
     _, rows = small("--budgets", "100", "--methods", "rnp")
     swept = rows[rows["variant"].str.startswith("threshold ")]
@@ -170,7 +198,7 @@ def test_several_workers_measure_the_same(tmp_path, monkeypatch):
         assert paper.main(words) == 0
         tables.append(results.load(out / "results.csv").drop(columns=["seconds", "peak_memory_mb", "device"]))
     pd.testing.assert_frame_equal(*tables)
-    assert len(list((tmp_path / "2" / "logs").glob("*_20.txt"))) == 1
+    assert len(list((tmp_path / "2" / "logs").glob("*_20_*.txt"))) == 1
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,17 @@ def test_paper_vs_ours_puts_printed_and_measured_side_by_side():
     assert table["source or protocol"].str.contains("arXiv").any()
 
 
+def test_paper_vs_ours_shows_what_both_were_before(monkeypatch):
+    printed = pd.DataFrame([PRINTED | {"asr_before": 98.5}, PRINTED | {"acc_before": None, "asr_before": None}])
+    monkeypatch.setattr(results, "published", lambda: printed)
+    rows = results.table(row(acc_before=0.9 + s / 100, asr_before=0.97, acc=0.5, asr=0.1, seed=s) for s in range(3))
+    table = results.paper_vs_ours(rows, "awm", "blended")
+    before = table[["ACC before", "ASR before", "ACC", "ASR"]].values.tolist()
+    assert before[0] == [94.0, 98.5, 91.0, 5.0] and before[1] == ["not available", "not available", 91.0, 5.0]
+    assert before[2] == ["91.0 ± 1.0", "97.0 ± 0.0", "50.0 ± 0.0", "10.0 ± 0.0"]
+    assert table["images held"].tolist() == ["500 images", "500 images", 0]
+
+
 def test_settings_that_differ_in_the_poison_rate_alone_are_told_apart():
     rows = results.table([row(poison_rate=rate) for rate in (0.1, 0.01, 0.005)])
     ours = results.paper_vs_ours(rows, "awm", "blended").query("who == 'ours'")["source or protocol"]
@@ -118,7 +129,8 @@ def test_blended_with_a_picture_stands_beside_the_printed_blended():
 
 def test_where_nothing_is_printed_it_says_so():
     table = results.paper_vs_ours(results.table([row(attack="badnets_4x4")]), "awm", "badnets_4x4")
-    assert table["ACC"].tolist() == ["not available", "0.0"] and "not available" in table["ASR"].tolist()
+    for column in ("ACC before", "ASR before", "ACC", "ASR"):
+        assert table[column].tolist() == ["not available", "0.0"]
 
 
 def test_a_line_of_a_claim_holds_at_its_limits_and_fails_beyond():
@@ -149,7 +161,7 @@ PRINTED = {
 
 @pytest.mark.parametrize(
     ("acc", "asr", "verdict"),
-    [(0.66, 0.08, "reproduced"), (0.60, 0.08, "partly"), (0.66, 0.50, "partly"), (0.60, 0.50, "not")],
+    [(0.66, 0.08, "reproduced"), (0.60, 0.08, "ASR only"), (0.66, 0.50, "ACC only"), (0.60, 0.50, "neither")],
 )
 def test_the_ledger_judges_by_asr_and_by_the_drop_of_acc(monkeypatch, acc, asr, verdict):
     printed = pd.DataFrame([PRINTED, PRINTED | {"attack": "wanet"}, PRINTED | {"defense": "nad"}])
@@ -157,6 +169,7 @@ def test_the_ledger_judges_by_asr_and_by_the_drop_of_acc(monkeypatch, acc, asr, 
     ours = results.table(row(dataset="cifar10", acc_before=0.7, acc=acc, asr=asr, budget=500, seed=s) for s in range(3))
     found = results.ledger(ours)
     assert found["verdict"].tolist() == [verdict, "not available"]  # a defense that nobody ran is left out
+    assert found["line"].tolist() == [2, 3] and set(found["verdict"]) <= set(results.VERDICTS)
     first = found.iloc[0]
     assert (first["ASR, printed"], first["ACC drop, printed"], first["seeds"]) == (5.0, 3.0, 3)
     assert first["ASR difference"] == pytest.approx(100 * asr - 5) and first["ACC drop, ours"] == pytest.approx(

@@ -8,14 +8,15 @@ import time
 import pytest
 
 import runall
-from bdlib import grid, results
+from bdlib import files, grid, results, schedule
 from tests import batch
 from tests.test_results import row
 
 WRITE_ROWS = f"""
 from pathlib import Path
 import csv
-row = {row()!r} | dict(notebook="00_backdoors", budget=budget, seed=seed)
+from bdlib.budget import resolve
+row = {row()!r} | dict(notebook="00_backdoors", budget=resolve(budget, 5000, 10, dataset), seed=seed)
 with open(Path(out) / "rows.csv", "w") as file:
     writer = csv.DictWriter(file, row)
     writer.writeheader()
@@ -73,8 +74,9 @@ def call(notebooks, tmp_path):
         (["--set", "mood=3"], "parameter mood must be like 'calm', got 3"),
         (["--set", "mood"], "--set takes NAME=VALUE, got 'mood'"),
         (["--seed", "1", "0", "1"], "given twice for the same run: seed 1"),
-        (["--seed", "1", "--set", "seed=2"], "given twice for the same run: seed (an option and --set)"),
-        (["--set", "out=here"], "given twice for the same run: out (an option and --set)"),
+        (["--only", "00_backdoors", "00_backdoors"], "--only names notebooks twice: 00_backdoors"),
+        (["--set", "seed=2"], "--set is for parameters that have no option of their own, got seed"),
+        (["--set", "out=here"], "--set is for parameters that have no option of their own, got out"),
         (["--set", "mood=calm", "mood=slow"], "given twice for the same run: --set mood"),
         (["--shard", "2/2"], "shard 2/2 holds no run: the grid has 1 models"),
     ],
@@ -101,6 +103,10 @@ def test_all_complaints_come_at_once(call, capsys):
         ["--shard", "3/2"],
         ["--shard", "1"],
         ["--status", "--dry-run"],
+        ["--force", "--only-failed"],
+        ["--timeout", "-5"],
+        ["--timeout", "0"],
+        ["--timeout", "nan"],
     ],
 )
 def test_what_argparse_refuses_exits_with_2(call, arguments, capsys):
@@ -163,6 +169,18 @@ def test_a_failed_run_is_named_and_the_others_go_on(call, tmp_path, capsys):
     assert not list((tmp_path / "out").rglob("done.json")) and not (tmp_path / "out" / "results.csv").exists()
 
 
+def test_rows_so_far_are_gone_on_from_by_the_same_run_alone(call, notebooks, tmp_path):
+    assert call("--set", "mood=angry") == 1
+    so_far = next((tmp_path / "out").rglob("failed.json")).with_name("measured.csv")
+    so_far.write_text("half of the rows")
+    assert call("--set", "mood=angry") == 1 and so_far.exists()
+    notebook = notebooks / "00_backdoors.ipynb"
+    notebook.write_text(notebook.read_text().replace("the moon is wrong", "the sun is wrong"))
+    assert call("--set", "mood=angry") == 1 and not so_far.exists(), "another code, other rows"
+    so_far.write_text("half of the rows")
+    assert call("--set", "mood=angry", "--force") == 1 and not so_far.exists()
+
+
 def test_it_stops_at_the_first_failure_if_told(call, capsys):
     assert call("--set", "mood=angry", "--seed", "0", "1", "2", "--workers", "1", "--no-keep-going") == 1
     assert "3 runs: 0 done now, 0 finished before, 1 failed, 2 not started" in capsys.readouterr().out
@@ -206,3 +224,49 @@ def test_help_teaches_by_examples(capsys):
         runall.main(["--help"])
     shown = capsys.readouterr().out
     assert "examples:" in shown and "--dry-run" in shown and '("5%")' in shown
+
+
+def test_force_unmarks_nothing_before_there_is_somebody_to_do_it(call, tmp_path, capsys):
+    assert call() == 0
+    assert call("--force", "--scheduler", "tcp://127.0.0.1:9") == 2
+    assert "no Dask scheduler answers" in capsys.readouterr().err and list((tmp_path / "out").rglob("done.json"))
+
+
+def test_one_setting_in_two_words_gives_its_rows_once(call, tmp_path):
+    assert call("--budget", "20", "2/class") == 0
+    assert len(list((tmp_path / "out").rglob("done.json"))) == 2
+    assert results.load(tmp_path / "out" / "results.csv")["seed"].tolist() == [0]
+
+
+@pytest.mark.parametrize("text", ["0", "many", "-2"])
+def test_a_wrong_number_of_threads_is_named(call, monkeypatch, capsys, text):
+    monkeypatch.setenv("OMP_NUM_THREADS", text)
+    assert call() == 2 and f"OMP_NUM_THREADS must be a whole number from 1 on, got '{text}'" in capsys.readouterr().err
+    monkeypatch.setenv("OMP_NUM_THREADS", "4,2")
+    assert schedule.told_threads() == 4
+
+
+def test_what_is_no_number_or_truth_is_a_text():
+    pairs = ["a=1", "b=.5", "c=True", "d={1}", "e=None", "f=[1, 2]", "g=awm,rnp", "h='x'", "i="]
+    values = {"a": 1, "b": 0.5, "c": True, "d": "{1}", "e": "None", "f": "[1, 2]", "g": "awm,rnp", "h": "'x'", "i": ""}
+    assert runall.extra_parameters(pairs) == values
+
+
+def test_an_object_store_that_does_not_answer_is_one_clear_line(notebooks, monkeypatch, capsys):
+    class Broken:
+        def __str__(self):
+            return "s3://bucket/out"
+
+        def exists(self):
+            raise RuntimeError("Could not connect")
+
+    monkeypatch.setattr(files, "place", lambda where: Broken())
+    assert runall.main(["--out", "s3://bucket/out", "--status"]) == 2
+    assert capsys.readouterr().err == "runall.py: cannot reach s3://bucket/out: Could not connect\n"
+
+
+def test_a_path_may_begin_at_home_and_a_file_address_is_a_path(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (run,) = grid.plan([runall.all_notebooks()["02_awm"]], "quick", {"dataset": ["folder:~/cats@32"]}, {}, tmp_path)
+    assert run.parameters["dataset"] == f"folder:{tmp_path}/cats@32"
+    assert files.place(f"file://{tmp_path}/a b") == tmp_path / "a b" and files.on_disk(files.place("file:///x"))

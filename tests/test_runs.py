@@ -74,6 +74,19 @@ def test_nothing_is_known_of_a_folder_that_is_not_there(notebooks, out):
     )
 
 
+@pytest.mark.parametrize("name", ["o [1]", "a::b", "ä *"])
+def test_an_output_folder_may_have_any_name(notebooks, tmp_path, name):
+    out = tmp_path / name
+    run, _ = planned(notebooks, out, seed=[0, 1])
+    finish(run)
+    there = runs.Listing(out)
+    assert [state.word for state in runs.states(planned(notebooks, out, seed=[0, 1]), there).values()] == [
+        "done",
+        "missing",
+    ]
+    assert len(runs.collect(out)) == len(runs.rows([run.folder]))
+
+
 def test_estimates_are_of_the_runs_most_alike(notebooks, out):
     for run, seconds in zip(planned(notebooks, out, seed=[0, 1, 2]), (10.0, 20.0, 90.0), strict=True):
         finish(run, seconds)
@@ -174,10 +187,9 @@ def test_the_page_shows_rows_failures_and_figures_and_escapes_what_it_shows(note
     done, failed, _ = planned(notebooks, out, seed=[0, 1, 2])
     finish(done)
     fail(failed)
-    put(out / "figures" / "signs a.png", "a picture")
     whole = planned(notebooks, out, seed=[0, 1, 2])
     rows = runs.rows([done.folder])
-    page.write(out, whole, runs.states(whole, runs.Listing(out)), rows, [done.place])
+    page.write(out, whole, runs.states(whole, runs.Listing(out)), rows, pages=[done.place], figures=["signs a.png"])
     text = (out / "index.html").read_text()
     assert "1 of 3 runs done" in text and "1 failed" in text and "ValueError: &lt;b&gt;no&lt;/b&gt;" in text
     assert re.findall(r'href="([^"]+)/executed.html"', text) == [done.place]

@@ -12,7 +12,7 @@ from torch import nn
 
 from bdlib import gpu
 from bdlib.attacks.attacker import Attacker, Stamps
-from bdlib.attacks.networks import PictureNet
+from bdlib.attacks.networks import PictureNet, require_size
 from bdlib.randomness import seeded
 from bdlib.train import Batches, lr_factor, require_finite
 
@@ -58,7 +58,11 @@ def blend(images: torch.Tensor, patterns: torch.Tensor, masks: torch.Tensor) -> 
 
 
 def build(attacker: Attacker) -> InputAware:
-    """Untrained networks: generators of 32 channels, 8 in the quick profile."""
+    """Untrained networks: generators of 32 channels, 8 in the quick profile.
+
+    Raises ValueError if the images' height or width is no multiple of 8.
+    """
+    require_size(attacker.train.images, "input_aware")
     channels = attacker.train.images.shape[1]
     classifier = attacker.fresh_model(attacker.generator("init"))
     with seeded(attacker.generator("networks")):

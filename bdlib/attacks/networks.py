@@ -8,7 +8,7 @@ from torch import nn
 class PictureNet(nn.Module):
     """Pictures (N, inputs, H, W) -> values in [-1, 1], (N, outputs, H, W): three halvings, three doublings, with skips (a U-Net).
 
-    H and W are multiples of 8.
+    H and W are multiples of 8 (`require_size`).
     """
 
     def __init__(self, inputs: int, outputs: int, width: int):
@@ -29,6 +29,15 @@ class PictureNet(nn.Module):
         for block, skip in zip(self.up, reversed(seen), strict=True):
             x = block(torch.cat([F.interpolate(x, scale_factor=2, mode="nearest"), skip], 1))
         return torch.tanh(self.last(x))
+
+
+def require_size(images: torch.Tensor, attack: str) -> None:
+    """Raises ValueError unless a `PictureNet` can read images (N, C, H, W) of this size."""
+    height, width = images.shape[-2:]
+    if height % 8 or width % 8:
+        raise ValueError(
+            f"attack {attack!r} needs images whose height and width are multiples of 8 pixels, got {height} x {width}"
+        )
 
 
 def _block(inputs: int, outputs: int) -> nn.Module:

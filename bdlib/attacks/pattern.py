@@ -80,7 +80,8 @@ def fit_lf(pattern: Pattern, attacker: Attacker) -> None:
 def _smooth(logits: torch.Tensor, sigma: float) -> torch.Tensor:
     from torchvision.transforms.functional import gaussian_blur  # takes seconds to import: not for every start
 
-    return LF_CAP * gaussian_blur(logits.sigmoid(), kernel_size=4 * round(sigma) + 1, sigma=sigma)
+    # Below 9 pixels sigma rounds to 0, and a kernel of 1 would not blur.
+    return LF_CAP * gaussian_blur(logits.sigmoid(), kernel_size=4 * max(1, round(sigma)) + 1, sigma=sigma)
 
 
 def _ellipse(shape: torch.Size) -> torch.Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 
 from bdlib import gpu
 from bdlib.attacks.attacker import Attacker, Stamps
-from bdlib.attacks.networks import PictureNet
+from bdlib.attacks.networks import PictureNet, require_size
 from bdlib.randomness import seeded
 from bdlib.train import Batches, require_finite
 
@@ -53,7 +53,9 @@ def build(attacker: Attacker) -> Ssba:
 
     DIFFERS: works at the images' own size; BackdoorBench's encoder is trained at 128 x 128, and has a perceptual loss from a
     pretrained network beside the squared error.
+    Raises ValueError if the images' height or width is no multiple of 8.
     """
+    require_size(attacker.train.images, "ssba")
     size = 0 if attacker.quick else 1
     secret = torch.randint(2, (BITS[size],), generator=attacker.generator("secret")).float()
     with seeded(attacker.generator("networks")):

@@ -3,6 +3,7 @@
 import argparse
 import shutil
 import sys
+import tempfile
 from pathlib import Path
 
 from bdlib.book import pages
@@ -22,16 +23,25 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     out = options.out.resolve()
-    work = out.with_name(f"{out.name}.work")
-    shutil.rmtree(work, ignore_errors=True)
-    pages.assemble(project_root(), work / "source", for_students=options.for_students)
-    status = run_sphinx(work)
-    if status == 0:
-        shutil.rmtree(out, ignore_errors=True)
-        (work / "html").rename(out)
-        shutil.rmtree(work)
-        print(f"the book: {out / 'index.html'}")
+    if not replaceable(out):
+        parser.error(
+            f"--out must be a folder that is new, empty or an earlier book, as all in it is deleted: got {out}"
+        )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
+        work = Path(folder)
+        pages.assemble(project_root(), work / "source", for_students=options.for_students)
+        status = run_sphinx(work)
+        if status == 0:
+            shutil.rmtree(out, ignore_errors=True)
+            (work / "html").rename(out)
+            print(f"the book: {out / 'index.html'}")
     return status
+
+
+def replaceable(out: Path) -> bool:
+    """Whether a book may take this folder's place: nothing is there, or a site that Sphinx wrote."""
+    return not out.exists() or (out.is_dir() and ((out / ".buildinfo").exists() or not any(out.iterdir())))
 
 
 def run_sphinx(work: Path) -> int:

@@ -38,7 +38,7 @@ class AnpConfig:
     batch_size: int = 128  # images [c]; never more than there are
     mask_lr: float = 0.2  # [c]; .01 in BackdoorBench
     momentum: float = 0.9  # of the mask's steps [c]
-    epsilon: float = 0.4  # largest noise, as a share of the scale or shift [c]
+    epsilon: float = 0.4  # largest noise, as a share of the scale or shift [c]; see `worst_noise`
     noise_steps: int = 1  # [c]
     alpha: float = 0.2  # weight of the loss without noise [c]
     held_out: float = 0.2  # share of the clean images kept for choosing the threshold [o]
@@ -160,7 +160,10 @@ def worst_noise(
     *,
     generator: torch.Generator,
 ) -> Masks:
-    """Noise in [-epsilon, epsilon] on every scale and shift, by parameter name, that makes the loss large (step 3)."""
+    """Noise in [-epsilon, epsilon] on every scale and shift, by parameter name, that makes the loss large (step 3).
+
+    DIFFERS: the official code does not clip, so its noise can reach 2 epsilon; ours stays within the paper's bound.
+    """
     images, labels = batch
     with torch.no_grad():
         noise = {

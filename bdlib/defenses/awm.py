@@ -42,7 +42,7 @@ class AwmConfig:
     mask_lr: float = 0.01  # [c]
     mask_optimizer: str = "adam"  # "adam" [c]; "sgd" = the plain gradient step of Alg. 1
     adam_epsilon: float = 1e-8  # [c]; see `gamma`
-    alpha: float = 0.9  # weight of the clean loss [c]; .99 in the one-shot recipe [r]
+    alpha: float = 0.9  # weight of the clean loss [c]; .99 in CIFAR-10's one-shot recipe [r]
     beta: float | None = None  # weight of the perturbed loss; None = 1 - alpha [c]; the paper keeps it free
     # Weight of the L1 norm of the masks [c].  Adam divides by |gradient| + adam_epsilon: where the data's gradient is exactly
     # 0, a gamma as small as adam_epsilon still moves a mask by half a step.
@@ -52,7 +52,7 @@ class AwmConfig:
     lr_decay: float = 1.0  # factor on mask_lr after every outer epoch; 1 = off [c]; .9 in the code's first release
     inner_label: str = "model"  # labels of the inner loss: "model" = its own argmax on x [c]; "true" = y (Alg. 1)
     clamp: bool = True  # clip x + perturbation to [0, 1] in the outer loss [c]; Alg. 1 does not
-    copies: int = 0  # augmented copies of each image added once at the start; 9 in the one-shot recipe [c]
+    copies: int = 0  # augmented copies of each image added once at the start; 9 in CIFAR-10's one-shot recipe [c]
     # Smallest share of an image's area that such a copy shows; .08 on CIFAR-10 [c]; None = as the dataset says.
     # DIFFERS: signs and digits show at least half, because 8% of a sign do not show its class.
     least_area: float | None = None
@@ -131,10 +131,11 @@ def run(
 
 
 def recipe(count: int, classes: int) -> AwmConfig:
-    """The official setting for so many clean images: one-shot, few, or many.
+    """The setting for so many clean images: one-shot (no more images than classes), few, or many.
 
     DIFFERS: the README has recipes for 500 images, for 43 on GTSRB and for one-shot on CIFAR-10 only, and its default batch of
-    128 leaves 0 steps below 128 images.  Below that the batch is 32, and images are augmented up to about 100 as in one-shot.
+    128 leaves 0 steps below 128 images.  One-shot is CIFAR-10's here whatever the data; GTSRB's own, for its 43 images, has the
+    default alpha of .9 and no copies.  Other budgets below 128 have a batch of 32 and copies up to about 100 images.
     From 128 to 499 images the rate decays as in the code's first release: there are fewer steps, 5 an outer epoch with 200 images
     instead of 15, and at a constant rate the masks have not settled at the end (ACC on the clean images themselves fell to .875).
     """

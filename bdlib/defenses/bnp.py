@@ -38,7 +38,8 @@ def split(clean: Dataset, config: OutlierConfig, *, generator: torch.Generator) 
 def divergences(model: nn.Module, images: torch.Tensor) -> Values:
     """KL divergence (K,) of each channel's statistics on the images from its running ones, by the norm's name (steps 1 and 2).
 
-    DIFFERS: BackdoorBench's version overwrites the clean images' statistics by those of a poisoned batch before it compares.
+    DIFFERS: BackdoorBench's version overwrites the clean images' statistics by those of a poisoned batch before it compares, and its
+    log(v_r / v) lacks the half, which the authors' code has.
     """
     found = {}
     for name, maps in norm_inputs(model, images):

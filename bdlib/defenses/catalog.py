@@ -27,7 +27,7 @@ from bdlib.defenses import (
     nc,
     rnp,
 )
-from bdlib.train import MakeModel, Watch
+from bdlib.train import MakeModel, TrainConfig, Watch
 
 TWO_NETWORKS = "clean images, two networks"
 
@@ -80,6 +80,11 @@ def _with_ft_sam(config: object, held: Held) -> object:
     return replace(config, tuning=ft_sam.recipe(held.budget))
 
 
+def _with_as_many_steps(held: Held) -> TrainConfig:
+    """Fine-tuning in FT-SAM's batches: the same number of epochs, and so of steps."""
+    return replace(fine_tuning.CONFIG, batch_size=ft_sam.recipe(held.budget).batch_size)
+
+
 METHODS: dict[str, Method] = {
     "fine_tuning": on_clean(fine_tuning.fine_tuning, lambda held: fine_tuning.CONFIG),
     "fine_pruning": on_clean(fine_pruning.fine_pruning, lambda held: fine_pruning.FinePruningConfig()),
@@ -123,4 +128,11 @@ METHODS: dict[str, Method] = {
     "abl": in_training(abl.abl, lambda held: abl.recipe(len(held.train_set))),
     "dbd": in_training(dbd.dbd, lambda held: dbd.recipe(len(held.train_set))),
     "cbd": in_training(cbd.cbd, lambda held: cbd.recipe(len(held.train_set))),
+}
+# The baselines of FT-SAM with as many steps as it makes: what is left between them is the method.
+AS_MANY_STEPS: dict[str, Method] = {
+    "fine_tuning": on_clean(fine_tuning.fine_tuning, _with_as_many_steps),
+    "fine_pruning": on_clean(
+        fine_pruning.fine_pruning, lambda held: fine_pruning.FinePruningConfig(tuning=_with_as_many_steps(held))
+    ),
 }

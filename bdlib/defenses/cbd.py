@@ -73,7 +73,8 @@ class CbdResult:
 
     biased_losses: f_B's loss on each training image as it was trained on, (biased_epochs, N).
     weights: each image's weight in each epoch of f_C, (epochs, N).
-    critic: the critic's estimate E critic(pairs) - E critic(shuffled) at the end of each epoch, (epochs,); 0 without the term.
+    critic: the critic's estimate E critic(pairs) - E critic(shuffled), its mean over each epoch's batches, (epochs,); 0 without the
+    term.
     """
 
     model: nn.Module

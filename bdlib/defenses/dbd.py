@@ -64,7 +64,10 @@ def dbd(
 def run(
     make_model: MakeModel, train_set: Dataset, config: DbdConfig, *, generator: torch.Generator, watch: Watch = iter
 ) -> DbdResult:
-    """As `dbd`, with the credible images beside the network."""
+    """As `dbd`, with the credible images beside the network.
+
+    DIFFERS: BackdoorBench measures the losses and splits the images anew before every epoch of MixMatch; ours does so once.
+    """
     model = make_model(generator)
     train_split = train_set.to(next(model.parameters()).device)
     simclr(model, train_split, config.simclr, generator=generator, watch=watch)

@@ -44,7 +44,8 @@ class FtSamConfig:
     )
     adaptive: bool = True  # T = |w| [p, c]; False: T = 1, plain SAM, whose usual rho is .05
     label_smoothing: float = 0.1  # probability moved from the true class to all others together [c]; 0 [p]
-    # "cosine_100": down to 0 and up again over 100 batches each [c]; "cosine": to 0 over the whole run; "constant".  Not in the paper.
+    # "cosine_100": down to 0 and up again over 100 batches each [c], so it ends where the number of batches says; "cosine": to 0 over
+    # the whole run; "constant".  Not in the paper.
     schedule: str = "cosine_100"
 
     def __post_init__(self) -> None:
@@ -98,10 +99,12 @@ def ft_sam(
 
 
 def recipe(count: int) -> FtSamConfig:
-    """The official setting with a batch that leaves enough steps for so many clean images.
+    """The official setting for CIFAR-10 with a batch that leaves enough steps for so many clean images.
 
     DIFFERS: below 2,560 images the batch is a tenth of them, at least 32, because the official 2,500 images in batches of 256 make ten
-    steps an epoch, and the number of steps, not of epochs, decides how much of the backdoor goes.
+    steps an epoch, and the number of steps, not of epochs, decides how much of the backdoor goes.  Below 289 images there are fewer:
+    seven with 200, one with 10.  So "cosine_100" ends at the highest rate, as officially, with 500, 250, 100 and 50 images, but at 0
+    with 200 and 10.  On GTSRB paper and code have 50 epochs, ours 100.
     """
     return FtSamConfig(batch_size=min(256, max(32, math.ceil(count / 10))))
 
