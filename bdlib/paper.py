@@ -192,9 +192,8 @@ def run_all(
             for done in as_completed(running):
                 try:
                     outcome = done.result()
-                except (
-                    BrokenProcessPool
-                ) as error:  # all that was not finished fails with it: what began, and what did not
+                except BrokenProcessPool as error:
+                    # All that was not finished fails with it, what had begun and what had not: one is the failure.
                     outcome, broken = False if broken else error, True
                 yield running[done], outcome
         finally:
