@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from bdlib import data, fits, glance, models, names, profiles
+from bdlib import budget, data, fits, glance, models, names, profiles
 from bdlib.attacks import catalog
 from tests import batch
 
@@ -54,16 +54,21 @@ def test_it_never_lets_pass_what_the_closer_look_refuses(uneven):
 
 def test_a_budget_that_the_smallest_class_cannot_give_is_refused(uneven):
     values = USUAL | {"dataset": "gtsrb", "profile": "paper", "arch": "preact_resnet18:2"}
-    for budget, said in (
+    for count, said in (
         (60, None),
         (62, None),
         (63, "at most 60"),
         (3000, "needs 1000 images of class 'a', which has 20"),
     ):
-        (problem,) = fits.complaints([values | {"budget": budget}])
-        assert (problem is None) == (said is None) == glance.fits(values | {"budget": budget}), budget
+        (problem,) = fits.complaints([values | {"budget": count}])
+        assert (problem is None) == (said is None) == glance.fits(values | {"budget": count}), count
         assert said is None or said in problem
     assert glance.fits(values | {"notebook": "04_cbd", "budget": 3000}), "there the budget is the training set"
+
+
+def test_a_class_may_give_one_more_than_its_share_only_where_it_has_one():
+    sizes = np.array([20, 20, 50])
+    assert [budget.even(sizes, count) for count in (3, 60, 61, 62, 63)] == [True, True, True, False, False]
 
 
 @pytest.mark.parametrize("notebook", sorted(names.PAPERS))
