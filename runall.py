@@ -216,7 +216,7 @@ def notebooks(only: list[str] | None) -> list[Path]:
     unknown = [name for name in only or [] if name not in found]
     if unknown:
         raise ValueError(f"--only must name notebooks out of {', '.join(found)}, got {', '.join(unknown)}")
-    if twice := sorted({name for name in only or [] if only.count(name) > 1}):
+    if twice := grid.repeated(only or []):
         raise ValueError(f"--only names notebooks twice: {', '.join(twice)}")
     return [found[name] for name in only or found]
 
@@ -246,10 +246,8 @@ def run_each(waiting: list[Run], options: argparse.Namespace) -> list[Outcome]:
     threads = schedule.threads(options.workers, options.scheduler)
     with schedule.cluster(options.workers, options.scheduler) as client, Live(console, len(waiting)) as live:
         say(f"Dask's dashboard: {client.dashboard_link}")
-        if options.force:  # what is to be done is not done, should this be cut off; nor does it go on from what was
-            for run in waiting:
-                for name in ("done.json", "begun.json"):
-                    (run.folder / name).unlink(missing_ok=True)
+        if options.force:
+            runs.forget(waiting)
         ended = schedule.run_all(
             waiting,
             client,

@@ -59,11 +59,15 @@ def model(values: dict) -> None:
 
 def finished(folder: Path, key: str) -> bool:
     """Whether the run with this key ended well in this folder."""
+    return has_key(folder / "done.json", key) and (folder / "rows.csv").exists()
+
+
+def has_key(note: Path, key: str) -> bool:
+    """Whether the note is there, whole, and of the run with this key."""
     try:
-        done = read_json((folder / "done.json").read_bytes())
+        return read_json(note.read_bytes()).get("key") == key
     except OSError:
         return False
-    return done.get("key") == key and (folder / "rows.csv").exists()
 
 
 def notebook(job: dict) -> int:
@@ -72,8 +76,11 @@ def notebook(job: dict) -> int:
     with locks.hold(folder / ".lock", lambda: print("another process runs this notebook: waiting for it")):
         if finished(folder, job["key"]):
             return 0
-        for stale in ("done.json", "failed.json", "rows.csv", "executed.html", *not_ours(folder, job["key"])):
-            (folder / stale).unlink(missing_ok=True)
+        stale = ["done.json", "failed.json", "rows.csv", "executed.html"]
+        if not has_key(folder / "begun.json", job["key"]):
+            stale.append("measured.csv")  # the rows so far of other code or parameters: nothing to go on from
+        for name in stale:
+            (folder / name).unlink(missing_ok=True)
         write_json(folder / "begun.json", {"key": job["key"]})
         # On an object store the notebook writes to the working folder, which is copied up when it ends.
         out = folder if on_disk(folder) else work / "out"
@@ -91,15 +98,6 @@ def notebook(job: dict) -> int:
             done = {"key": job["key"], "parameters": job["parameters"], "seconds": seconds}
             write_json(folder / "done.json", done)
         return status
-
-
-def not_ours(folder: Path, key: str) -> tuple[str, ...]:
-    """What a run of this key cannot go on from: the rows so far of one that was cut off, if its code or parameters were others."""
-    try:
-        begun = read_json((folder / "begun.json").read_bytes())
-    except OSError:
-        begun = {}
-    return () if begun.get("key") == key else ("measured.csv",)
 
 
 def execute(job: dict, work: Path, out: Path) -> int:

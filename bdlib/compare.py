@@ -100,8 +100,8 @@ def rows_with_as_many_steps(
 ) -> list[dict[str, object]]:
     """A row, variant "as many steps", for each of the methods that `catalog.AS_MANY_STEPS` has; as in `rows`."""
     stored = results.once(stored, so_far(measured))
-    chosen = {name: method for name, method in catalog.AS_MANY_STEPS.items() if name in names}
-    found = (method_row(lab, name, stored, STEPS, watch, method=method) for name, method in chosen.items())
+    methods = catalog.AS_MANY_STEPS.items()
+    found = (method_row(lab, name, stored, STEPS, watch, method=method) for name, method in methods if name in names)
     return kept(found, measured)
 
 

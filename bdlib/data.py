@@ -127,8 +127,7 @@ def clean_subset(dataset: Dataset, count: int, *, generator: torch.Generator) ->
     Raises ValueError if a class has fewer images than its share.
     """
     require_even(dataset, count)
-    classes = len(dataset.classes)
-    sizes = torch.bincount(dataset.labels.cpu(), minlength=classes)
+    classes, sizes = len(dataset.classes), _class_sizes(dataset)
     share, rest = divmod(count, classes)
     order = torch.randperm(classes, generator=generator)
     extra = order[sizes[order] > share][:rest]
@@ -140,8 +139,7 @@ def clean_subset(dataset: Dataset, count: int, *, generator: torch.Generator) ->
 
 def require_even(dataset: Dataset, count: int) -> None:
     """Raises ValueError if `count` images cannot be spread evenly over the classes."""
-    classes = len(dataset.classes)
-    sizes = torch.bincount(dataset.labels.cpu(), minlength=classes)
+    classes, sizes = len(dataset.classes), _class_sizes(dataset)
     if not even(sizes.numpy(), count):
         smallest, share = int(sizes.argmin()), count // classes
         raise ValueError(
@@ -152,8 +150,12 @@ def require_even(dataset: Dataset, count: int) -> None:
 
 def _by_class(dataset: Dataset) -> tuple[torch.Tensor, ...]:
     """Positions of the images of each class, in order, on the CPU."""
-    labels = dataset.labels.cpu()
-    return labels.argsort(stable=True).split(torch.bincount(labels, minlength=len(dataset.classes)).tolist())
+    return dataset.labels.cpu().argsort(stable=True).split(_class_sizes(dataset).tolist())
+
+
+def _class_sizes(dataset: Dataset) -> torch.Tensor:
+    """Number of images of each class, (C,), on the CPU."""
+    return torch.bincount(dataset.labels.cpu(), minlength=len(dataset.classes))
 
 
 def fixed_part(dataset: Dataset, count: int) -> Dataset:

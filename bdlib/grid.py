@@ -95,7 +95,7 @@ def plan(
 
     Raises ValueError if a parameter is given two values for the same run.
     """
-    twice = [f"{name} {value!r}" for name, values in axes.items() if values for value in _repeated(values)]
+    twice = [f"{name} {value!r}" for name, values in axes.items() if values for value in repeated(values)]
     if owned := [name for name in extra if name in (*AXES, "profile", "out")]:
         raise ValueError(f"--set is for parameters that have no option of their own, got {', '.join(owned)}")
     if twice:
@@ -114,7 +114,8 @@ def plan(
     return runs
 
 
-def _repeated(values: list) -> list:
+def repeated(values: list) -> list:
+    """The values that are there more than once, each once."""
     return sorted({value for value in values if values.count(value) > 1}, key=str)
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from importlib.resources import files
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from bdlib.files import write_atomic
@@ -204,9 +205,8 @@ def ledger(rows: pd.DataFrame, near: tuple[float, float] = (5.0, 3.0)) -> pd.Dat
     )
     keys = ["defense", "dataset", "attack"]
     known = published()
-    known = known.assign(line=known.index + 2)[
-        known["defense"].isin(ours["defense"])
-    ]  # line 1 of the file holds the names
+    known["line"] = known.index + 2  # line 1 of the file holds the names
+    known = known[known["defense"].isin(ours["defense"])]
     both = known.merge(ours, on=keys, how="left", suffixes=("_printed", ""))
     drop_printed, drop = both["acc_before_printed"] - both["acc_printed"], 100 * (both["acc_before"] - both["acc"])
     found = pd.DataFrame(
@@ -225,8 +225,8 @@ def ledger(rows: pd.DataFrame, near: tuple[float, float] = (5.0, 3.0)) -> pd.Dat
         }
     )
     asr, acc = found["ASR difference"].abs() <= near[0], (drop - drop_printed).abs() <= near[1]
-    missing = found["ASR difference"].isna() | drop.isna() | drop_printed.isna()
-    verdict = (2 * asr + acc).map(dict(enumerate(VERDICTS[3::-1]))).mask(missing, VERDICTS[4])
+    whole = found["ASR difference"].notna() & drop.notna() & drop_printed.notna()
+    verdict = np.select([whole & asr & acc, whole & asr, whole & acc, whole], VERDICTS[:-1], VERDICTS[-1])
     return found.round(1).assign(verdict=verdict)
 
 

@@ -90,6 +90,13 @@ class Listing:
         }
 
 
+def forget(runs: Iterable[Run]) -> None:
+    """Unmark these runs, so that they are not done should their next try be cut off, nor go on from what was measured."""
+    for run in runs:
+        for name in ("done.json", "begun.json"):
+            (run.folder / name).unlink(missing_ok=True)
+
+
 def estimates(there: Listing) -> dict[tuple, float]:
     """Median seconds of the finished runs of each (notebook, profile, dataset), and of each (notebook,)."""
     seconds: dict[tuple, list[float]] = {}
