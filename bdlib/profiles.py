@@ -23,8 +23,12 @@ def require(profile: str) -> None:
 
 
 def training(profile: str, dataset: str) -> TrainConfig:
-    """How the attacker trains.  quick: few epochs at a high learning rate; paper: BackdoorBench's protocol; paper_fast: ours, for the
-    same networks and images in a third of the epochs."""
+    """How the attacker trains.
+
+    quick: few epochs at a high learning rate.  paper: BackdoorBench's protocol for CIFAR-10 and GTSRB, taken for other datasets too
+    (its 200 epochs on Tiny ImageNet, whose rate falls on plateaus, are not here).  paper_fast: ours, for the same networks and images
+    in a third of the epochs.
+    """
     from bdlib.train import TrainConfig  # brings torch, which a plan of runs has no use for
 
     require(profile)

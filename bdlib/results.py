@@ -140,8 +140,15 @@ def published() -> pd.DataFrame:
 
 # Our attack -> what papers call it: "Blended" mixes noise in (ANP's family) or a picture (BackdoorBench's), and both are compared.
 PRINTED_AS = {"blended_picture": "blended"}
-# Of the ledger, the best first.
-VERDICTS = ["reproduced", "ASR only", "ACC only", "neither", "not available"]
+# Of the ledger: the four that judge, the best first, then why a pair of numbers is not judged.
+JUDGED = ["reproduced", "ASR only", "ACC only", "neither"]
+VERDICTS = [*JUDGED, "gave up", "not planted", "other poison rate", "not available"]
+# What the bytes of `dataset_sha256` are, where they are not the whole dataset as it is published.
+BYTES = {
+    "dc7f0ae64fca": "a JPEG copy",
+    "13c63ab58ee8": "20,000 images of a JPEG copy",
+    "10b7b111af60": "20,000 images",
+}
 # Column that `paper_vs_ours` shows -> value it has there.
 COMPARED = {"ACC before": "acc_before", "ASR before": "asr_before", "ACC": "acc", "ASR": "asr"}
 
@@ -166,7 +173,8 @@ def paper_vs_ours(rows: pd.DataFrame, defense: str, attack: str) -> pd.DataFrame
 
 def _printed_line(row: dict) -> dict:
     """A row of published.csv as a line of `paper_vs_ours`."""
-    parts = [row[name] for name in ("source", "arch", "asr_convention", "note")]
+    rate = f"poison rate: {row['poison_rate']}"
+    parts = [row["source"], rate, row["arch"], row["asr_convention"], row["note"]]
     return {
         "who": "published",
         "dataset": row["dataset"],
@@ -190,44 +198,63 @@ def _our_line(row: dict) -> dict:
     }
 
 
-def ledger(rows: pd.DataFrame, near: tuple[float, float] = (5.0, 3.0)) -> pd.DataFrame:
+def ledger(rows: pd.DataFrame, near: tuple[float, float] = (5.0, 3.0), planted_within: float = 20.0) -> pd.DataFrame:
     """Every printed number of a defense that is in the rows beside ours: difference, what differs in the protocol, verdict.
 
     near: points within which ASR, and the drop of ACC, count as equal (ours).  ACC is compared by its drop, because the networks
     differ.  verdict: "reproduced" if both are near, "ASR only" or "ACC only" if one is (a method that does nothing is near in ACC),
-    "neither" if none is; "not available" where either side lacks a number.  line: of the printed number in published.csv, as each
-    stands beside all our settings.  Our datasets have the same names as the printed rows', and so have our attacks but for those in
-    PRINTED_AS.
+    "neither" if none is.  Not judged: "gave up" where the method left all our networks as they were; "not planted" where our ASR
+    before is more than `planted_within` points below the printed one, as a backdoor that is not there cannot be erased; "other
+    poison rate"; "not available" where either side lacks a number.  line: of the printed number in published.csv, as each stands
+    beside all our settings.  Our datasets have the same names as the printed rows', and so have our attacks but for those in
+    PRINTED_AS; which bytes of them: BYTES.
     """
-    ours = over_seeds(rows, [*SHOWN, "acc_before"])
+    gave_up = with_measures(rows).get("failed", pd.Series(0.0, rows.index)).fillna(0)
+    ours = over_seeds(rows.assign(gave_up=gave_up), [*SHOWN, "acc_before", "asr_before", "gave_up"])
     ours = ours.assign(
-        other=ours["attack"].where(ours["attack"].isin(PRINTED_AS)), attack=ours["attack"].replace(PRINTED_AS)
+        other=ours["attack"].where(ours["attack"].isin(PRINTED_AS)),
+        attack=ours["attack"].replace(PRINTED_AS),
+        bytes=rows.groupby(SETTING, sort=False)["dataset_sha256"].first().map(BYTES).values,
+        poisoned=(100 * ours["poison_rate"]).map("{:g}% poisoned".format),
     )
     keys = ["defense", "dataset", "attack"]
     known = published()
     known["line"] = known.index + 2  # line 1 of the file holds the names
+    known["poisoned"] = "poison rate: " + known["poison_rate"]
     known = known[known["defense"].isin(ours["defense"])]
     both = known.merge(ours, on=keys, how="left", suffixes=("_printed", ""))
-    drop_printed, drop = both["acc_before_printed"] - both["acc_printed"], 100 * (both["acc_before"] - both["acc"])
     found = pd.DataFrame(
         {
             **{name: both[name] for name in keys},
+            "ASR before, printed": both["asr_before_printed"],
+            "ASR before, ours": 100 * both["asr_before"],
             "ASR, printed": both["asr_printed"],
             "ASR, ours": 100 * both["asr"],
-            "ACC drop, printed": drop_printed,
-            "ACC drop, ours": drop,
+            "ACC drop, printed": both["acc_before_printed"] - both["acc_printed"],
+            "ACC drop, ours": 100 * (both["acc_before"] - both["acc"]),
             "ASR difference": 100 * both["asr"] - both["asr_printed"],
             "seeds": both["seeds"],
-            "protocol, printed": _joined(both, ["arch_printed", "clean_budget", "asr_convention", "note"]),
-            "protocol, ours": _joined(both, ["other", "arch", "budget", "profile", "variant"]),
+            "protocol, printed": _joined(
+                both, ["arch_printed", "poisoned_printed", "clean_budget", "asr_convention", "note"]
+            ),
+            "protocol, ours": _joined(both, ["other", "arch", "bytes", "poisoned", "budget", "profile", "variant"]),
             "source": both["source"],
             "line": both["line"],
         }
     )
-    asr, acc = found["ASR difference"].abs() <= near[0], (drop - drop_printed).abs() <= near[1]
-    whole = found["ASR difference"].notna() & drop.notna() & drop_printed.notna()
-    verdict = np.select([whole & asr & acc, whole & asr, whole & acc, whole], VERDICTS[:-1], VERDICTS[-1])
-    return found.round(1).assign(verdict=verdict)
+    drop_difference = found["ACC drop, ours"] - found["ACC drop, printed"]
+    asr, acc = found["ASR difference"].abs() <= near[0], drop_difference.abs() <= near[1]
+    rate = both["poison_rate_printed"].str.extract(r"([\d.]+)%")[0].astype(float)  # blank where none is printed
+    reasons = {
+        "not available": (found["ASR difference"] + drop_difference).isna(),
+        "other poison rate": (rate - 100 * both["poison_rate"]).abs() > 0.01,
+        "not planted": found["ASR before, printed"] - found["ASR before, ours"] > planted_within,
+        "gave up": both["gave_up"] == 1,
+        "reproduced": asr & acc,
+        "ASR only": asr,
+        "ACC only": acc,
+    }
+    return found.round(1).assign(verdict=np.select(list(reasons.values()), list(reasons), "neither"))
 
 
 def _joined(rows: pd.DataFrame, names: list[str]) -> pd.Series:

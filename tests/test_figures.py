@@ -476,6 +476,14 @@ def test_the_ledger_takes_each_method_as_it_is_by_default():
     assert report.usual(rows)[["method", "asr"]].values.tolist() == [["AWM", 0.0], ["RNP", 0.3]]
 
 
+def test_the_ledger_takes_a_run_of_two_notebooks_once_and_its_seeds_together():
+    once = {"defense": "awm", "variant": "soft", "budget": 500}
+    own = [row(**once, notebook="02_awm", seed=seed, asr=seed / 10) for seed in range(3)]
+    every = row(**once | {"variant": "default"}, notebook="06_all_five", seed=0, asr=0.9)
+    found = report.usual(results.table([every, *own]))
+    assert results.over_seeds(found)[["asr", "seeds"]].values.tolist() == [[pytest.approx(0.1), 3]]
+
+
 def test_the_ledger_is_written_from_the_rows_beside_it(tmp_path):
     report.save_ledger(tmp_path)
     assert not list(tmp_path.iterdir())

@@ -34,10 +34,13 @@ def derived(rows: pd.DataFrame) -> pd.DataFrame:
         rows.query("defense == 'fine_tuning'").groupby(["notebook", "seed", "budget"])["asr"].first().rename("asr_ft")
     )
     rows = rows.join(tuned, on=["notebook", "seed", "budget"])
+    run = ["notebook", "dataset", "attack", "variant", "seed", "budget"]
+    rows = rows.join(rows.query("defense == 'fine_pruning'").groupby(run)["der"].first().rename("der_fp"), on=run)
     return rows.assign(
         acc_drop=rows["acc_before"] - rows["acc"],
         asr_ratio=rows["asr"] / rows["asr_before"],
         asr_over_ft=rows["asr"] / rows["asr_ft"],
+        der_over_fp=rows["der"] - rows["der_fp"],
     )
 
 

@@ -155,7 +155,11 @@ def test_percent_touches_fractions_alone():
 
 PRINTED = {
     "defense": "awm", "dataset": "cifar10", "attack": "blended", "arch": "resnet18", "clean_budget": "500 images",
-    "acc_before": 94.0, "acc": 91.0, "asr": 5.0, "asr_convention": None, "note": "one seed", "source": "Table 1",
+    "poison_rate": "10%", "acc_before": 94.0, "asr_before": 99.0, "acc": 91.0, "asr": 5.0,
+    "asr_convention": None, "note": "one seed", "source": "Table 1",
+}  # fmt: skip
+OURS = {
+    "dataset": "cifar10", "poison_rate": 0.1, "budget": 500, "acc_before": 0.7, "asr_before": 0.97, "acc": 0.66, "asr": 0.05,
 }  # fmt: skip
 
 
@@ -166,7 +170,7 @@ PRINTED = {
 def test_the_ledger_judges_by_asr_and_by_the_drop_of_acc(monkeypatch, acc, asr, verdict):
     printed = pd.DataFrame([PRINTED, PRINTED | {"attack": "wanet"}, PRINTED | {"defense": "nad"}])
     monkeypatch.setattr(results, "published", lambda: printed)
-    ours = results.table(row(dataset="cifar10", acc_before=0.7, acc=acc, asr=asr, budget=500, seed=s) for s in range(3))
+    ours = results.table(row(**OURS | {"acc": acc, "asr": asr, "seed": s}) for s in range(3))
     found = results.ledger(ours)
     assert found["verdict"].tolist() == [verdict, "not available"]  # a defense that nobody ran is left out
     assert found["line"].tolist() == [2, 3] and set(found["verdict"]) <= set(results.VERDICTS)
@@ -176,20 +180,58 @@ def test_the_ledger_judges_by_asr_and_by_the_drop_of_acc(monkeypatch, acc, asr, 
         70 - 100 * acc
     )
     assert (
-        first["protocol, printed"] == "resnet18; 500 images; one seed"
-        and first["protocol, ours"] == "a; 500; quick; soft"
+        first["protocol, printed"] == "resnet18; poison rate: 10%; 500 images; one seed"
+        and first["protocol, ours"] == "a; 10% poisoned; 500; quick; soft"
     )
 
 
 def test_the_ledger_puts_both_kinds_of_blended_beside_the_printed_one(monkeypatch):
     monkeypatch.setattr(results, "published", lambda: pd.DataFrame([PRINTED]))
-    same = {"dataset": "cifar10", "acc_before": 0.7, "acc": 0.66, "budget": 500}
-    found = results.ledger(results.table([row(**same, asr=0.01), row(**same, asr=0.02, attack="blended_picture")]))
+    rows = [row(**OURS | {"asr": 0.01}), row(**OURS | {"asr": 0.02, "attack": "blended_picture"})]
+    found = results.ledger(results.table(rows))
     assert found["ASR, ours"].tolist() == [1.0, 2.0] and set(found["attack"]) == {"blended"}
-    assert found["protocol, ours"].tolist() == ["a; 500; quick; soft", "blended_picture; a; 500; quick; soft"]
+    assert found["protocol, ours"].tolist() == [
+        "a; 10% poisoned; 500; quick; soft",
+        "blended_picture; a; 10% poisoned; 500; quick; soft",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ours", "printed", "verdict"),
+    [
+        ({"asr_before": 0.03}, {}, "not planted"),
+        ({"asr_before": 0.78}, {}, "not planted"),
+        ({"asr_before": 0.80}, {}, "reproduced"),  # 19 points below
+        ({"asr_before": 0.03}, {"asr_before": 20.0}, "reproduced"),  # it was hardly planted there either
+        ({"asr_before": 0.03}, {"asr_before": None}, "reproduced"),
+        ({}, {"poison_rate": "5%"}, "other poison rate"),
+        ({}, {"poison_rate": "not in caption; repo default 10%"}, "reproduced"),
+        ({}, {"poison_rate": "not stated"}, "reproduced"),
+        ({"measures": '{"failed": 1.0}'}, {}, "gave up"),
+        ({"measures": '{"failed": 0.0}'}, {}, "reproduced"),
+        ({"measures": '{"failed": 1.0}', "asr_before": 0.03}, {"poison_rate": "5%"}, "other poison rate"),
+        ({"measures": '{"failed": 1.0}', "asr_before": 0.03}, {}, "not planted"),
+    ],
+)
+def test_the_ledger_does_not_judge_what_cannot_be_compared(monkeypatch, ours, printed, verdict):
+    monkeypatch.setattr(results, "published", lambda: pd.DataFrame([PRINTED | printed]))
+    rows = results.table([row(**OURS | ours)])
+    assert results.ledger(rows)["verdict"].tolist() == [verdict]
+
+
+def test_the_ledger_judges_a_method_that_gave_up_in_some_runs_alone(monkeypatch):
+    monkeypatch.setattr(results, "published", lambda: pd.DataFrame([PRINTED]))
+    rows = results.table([row(**OURS, measures='{"failed": 1.0}'), row(**OURS | {"seed": 1})])
+    assert results.ledger(rows)["verdict"].tolist() == ["reproduced"]
+
+
+def test_the_ledger_names_the_bytes(monkeypatch):
+    monkeypatch.setattr(results, "published", lambda: pd.DataFrame([PRINTED]))
+    rows = results.table([row(**OURS | {"dataset_sha256": "dc7f0ae64fca"})])
+    assert results.ledger(rows)["protocol, ours"].tolist() == ["a; a JPEG copy; 10% poisoned; 500; quick; soft"]
 
 
 def test_the_ledger_needs_both_accuracies(monkeypatch):
     monkeypatch.setattr(results, "published", lambda: pd.DataFrame([PRINTED | {"acc_before": None}]))
-    found = results.ledger(results.table([row(dataset="cifar10", acc_before=0.7, acc=0.7, asr=0.05)]))
+    found = results.ledger(results.table([row(**OURS)]))
     assert found["verdict"].tolist() == ["not available"] and found["ASR difference"].tolist() == [0.0]

@@ -48,7 +48,7 @@ class CbdConfig:
     cutout: int = 3  # side of a black square on every training image, pixels [c]; 0 = none
     reweight: bool = True  # step 4 [c]
     mi_weight: float = 0.01  # of the mutual-information term; 0 = no critic, as the code ships [c]
-    critic_lr: float = 0.2  # Adam; divided by 10 every fifth of the epochs [c]
+    critic_lr: float = 0.2  # Adam; divided by 10 every fifth of the epochs [c], where the first comes one epoch sooner
     critic_dropout: float = 0.2  # [c]
     # After each step every weight of the critic is divided by "root" = the square root of its largest singular value [c], or by
     # "spectral" = that value itself, which makes each layer 1-Lipschitz.

@@ -4,7 +4,7 @@ Channels that clean images leave at rest may serve the backdoor alone:
  1  the mean activation of each channel of the last feature map over the clean images
  2  silence channels from the least active on, while accuracy on held-out clean images falls by no more than `max_drop` of it
  3  fine-tune what is left on all clean images; silenced channels stay silent
-BackdoorBench's version zeroes columns of the last linear layer instead, chosen by accuracy on the test images.
+BackdoorBench's version zeroes columns of the last linear layer instead, 1% at a time, chosen by accuracy on the test images.
 """
 
 from dataclasses import dataclass

@@ -33,7 +33,7 @@ class IBauConfig:
     batch_size: int = 128  # images; never more than there are
     lr: float = 1e-4  # Adam, of the weights [b]; 1e-3 in the authors' notebooks
     delta_lr: float = 10.0  # SGD, of the perturbation in step 1 [b]
-    # Largest L2 norm of delta, for images in [0, 1]; None = free [b].  A 4 x 4 patch is at most 7 long, Blended's noise about 6.
+    # Largest L2 norm of delta, for images in [0, 1]; None = free [b].  A 4 x 4 patch is at most 7 long, Blended's noise about 4.
     radius: float | None = None
     decay: float = 1e-3  # c, weight of |delta|^2 [b]
     fixed_points: int = 5  # K [b]

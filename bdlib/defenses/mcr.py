@@ -70,6 +70,7 @@ def recipe(count: int) -> McrConfig:
     """BackdoorBench's lengths at a rate at which the control point moves, and the point of the path farthest from both ends.
 
     DIFFERS: at its rate of 3e-5 the control point stays where it started, and at its t = .1 the network is nearly the backdoored one.
+    Its batch for the path is 128 at any budget, ours a tenth of the images, 32 to 128.
     """
     batch_size = min(128, max(32, -(-count // 10)))
     return McrConfig(t=0.5, path=replace(CONFIG, batch_size=batch_size))

@@ -91,8 +91,8 @@ def recipe(count: int) -> NcConfig:
     sooner.
 
     DIFFERS: ours makes 800 steps on 128 images for every class, or 200 on 32; BackdoorBench's 80 passes over 2,500 images make up to
-    800 on 256.  Ours has no early stop; theirs ends the passes once the weight has both risen and fallen and the smallest mask that
-    works has shrunk by more than 1% in none of the last 25.
+    800 on 256.  Below 2,500 images ours starts with .01, ten times its weight.  Ours has no early stop; theirs ends the passes once
+    the weight has both risen and fallen and the smallest mask that works has shrunk by more than 1% in none of the last 25.
     """
     return NcConfig() if count >= 2500 else NcConfig(rounds=20, batch_size=32, weight=0.01, patience=2)
 
