@@ -15,7 +15,7 @@ INSTALLED := $(ENV)/.bdlib-installed
 
 # The same bits on every x86-64 CPU with AVX2 (benchmarks/same_bits.py): one thread, instructions that all have, sums in one order.
 # Not for `student`: students' own kernels read its models. Call runall.py or jupyterlab yourself to use all that your CPU has.
-SAME_BITS := reproduce test-package test-notebooks notebooks figures attacks
+SAME_BITS := reproduce lab test-package test-notebooks notebooks figures attacks
 $(SAME_BITS): export OMP_NUM_THREADS := 1
 $(SAME_BITS): export ATEN_CPU_CAPABILITY := avx2
 $(SAME_BITS): export ONEDNN_MAX_CPU_ISA := AVX2

@@ -10,7 +10,9 @@ examples:
   python runall.py --seed 0 1 2 --scheduler tcp://host:8786   on a Dask cluster that is there already (see CLUSTER.md)
 
 A finished run is skipped the next time, unless its notebook, its parameters or bdlib changed.  A killed run loses only what
-was in flight: give the same command again.  Exit: 0 all well, 1 a run failed, 2 the arguments are wrong, 130 Ctrl-C.
+was in flight: give the same command again.
+
+Exit: 0 all well, 1 a run failed or a file could not be used, 2 the arguments are wrong, 130 Ctrl-C.
 """
 
 import argparse

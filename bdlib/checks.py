@@ -53,6 +53,23 @@ def _misnamed(run: Run) -> str | None:
         allowed = (int, float) if isinstance(known[name], float) else (type(known[name]),)
         if name != "budget" and type(value) not in allowed:
             return f"parameter {name} must be like {known[name]!r}, got {value!r}"
+    return _unknown_words(run, known)
+
+
+def _unknown_words(run: Run, usual: dict[str, object]) -> str | None:
+    """What is wrong with the methods and extras that 06 is given; torch is loaded only where some are."""
+    given = {
+        name: run.parameters[name] for name in ("methods", "extras") if run.parameters.get(name) != usual.get(name)
+    }
+    if run.notebook.stem != "06_all_five" or not given:
+        return None
+    from bdlib import compare
+
+    try:
+        compare.chosen(given.get("methods", "all"))
+        compare.chosen_extras(given.get("extras", ""))
+    except ValueError as error:
+        return str(error)
     return None
 
 

@@ -1,5 +1,6 @@
 """All methods under one protocol: the same network, clean images and seed for each; rows are read where they are stored."""
 
+import copy
 import dataclasses
 import functools
 import math
@@ -19,8 +20,8 @@ from bdlib.train import Watch
 EXTRAS = ("control", "oracle", "detection", "steps")  # what 06 measures beside the methods
 STEPS = "as many steps"  # variant of FT and FP in FT-SAM's batches
 GROUPS = ("all", "post-training", "in training")  # of methods, as `chosen` reads them
-# A stored row stands for a run with the same values in these columns.  A change of a method's code does not show in them: then leave
-# the stored rows out.
+# A stored row stands for a run of the same network with the same values in these columns.  A change of a method's code does not show
+# in them: then leave the stored rows out.
 KEY = [
     "profile", "dataset", "dataset_sha256", "arch", "attack", "poison_rate", "target_label", "budget", "seed", "defense", "variant",
     "config_sha256",
@@ -85,8 +86,9 @@ def rows(
 
     detect: the undefended network's row also says, in `measures`, how suspect it looks (see `detection`).
     measured: a CSV file in which every row is kept as soon as it is there, and read by the next call: a run that was cut off goes on.
+    Delete it after a change of a method's code.
     """
-    stored = results.once(stored, so_far(measured))
+    stored = results.once(so_far(measured), stored)
     return kept(each_row(lab, names, stored, variant=variant, detect=detect, watch=watch), measured)
 
 
@@ -99,7 +101,7 @@ def rows_with_as_many_steps(
     watch: Watch = experiment.progress,
 ) -> list[dict[str, object]]:
     """A row, variant "as many steps", for each of the methods that `catalog.AS_MANY_STEPS` has; as in `rows`."""
-    stored = results.once(stored, so_far(measured))
+    stored = results.once(so_far(measured), stored)
     methods = catalog.AS_MANY_STEPS.items()
     found = (method_row(lab, name, stored, STEPS, watch, method=method) for name, method in methods if name in names)
     return kept(found, measured)
@@ -163,7 +165,7 @@ def method_row(
     known = same_run(stored, lab, {"defense": name, "variant": variant, "budget": budget}, config)
     if known is not None:
         return known
-    measured, failed = lab.model, None
+    measured, failed, as_it_was = lab.model, None, copy.deepcopy(lab.model.state_dict())
     if method.needs == catalog.TWO_NETWORKS:
         source.second_model()  # into the store, as the first one is: its training is no part of the method's seconds
     experiment.forget_peak_memory(lab.device)
@@ -173,18 +175,32 @@ def method_row(
         except NoResult as error:
             print(f"{name}: {error}")
             failed = {"failed": 1.0}
+    if not all(torch.equal(now, as_it_was[key]) for key, now in lab.model.state_dict().items()):
+        raise RuntimeError(f"{name} changed the network that it was given: a method must work on a copy")
     row = lab.row(name, variant, measured, budget=budget, seconds=seconds[0], config=config, measures=failed)
     print(f"{name}, measured now: ACC {row['acc']:.3f}, ASR {row['asr']:.3f}, {seconds[0]:.0f} s")
     return row
 
 
 def same_run(stored: pd.DataFrame, lab: Lab, chosen: dict[str, object], config: object) -> dict[str, object] | None:
-    """The stored row of this very run, if there is one."""
+    """The stored row of this very run, if there is one.
+
+    The same seed is another network on another CPU, with another number of threads or on a GPU: its rows say nothing of this one.
+    """
     wanted = lab.identity(config) | chosen
     fits = stored
     for name in KEY:
         fits = fits[fits[name] == wanted[name]]
-    return None if fits.empty else fits.iloc[0][results.COLUMNS].to_dict()
+    if fits.empty:
+        return None
+    row = fits.iloc[0][results.COLUMNS].to_dict()
+    if any(abs(row[f"{name}_before"] - lab.before[name]) > 1e-9 for name in ("acc", "asr", "ra")):
+        print(
+            f"{chosen['defense']}, {chosen['variant']}: the stored row is of another network (ACC {row['acc_before']:.4f}, "
+            f"ASR {row['asr_before']:.4f}; here {lab.before['acc']:.4f}, {lab.before['asr']:.4f}), so it is measured now"
+        )
+        return None
+    return row
 
 
 def detection(lab: Lab, *, watch: Watch = experiment.progress) -> dict[str, float]:

@@ -139,9 +139,14 @@ class Lab:
         }  # fmt: skip
 
     def identity(self, config: object) -> dict[str, object]:
-        """The columns of a row that say which run it is, but for budget, defense and variant."""
+        """The columns of a row that say which run it is, but for budget, defense and variant.
+
+        Raises TypeError for settings that are no dataclass, as rows could not tell theirs apart; None = no settings.
+        """
+        if config is not None and not dataclasses.is_dataclass(config):
+            raise TypeError(f"settings must be a dataclass, got {config!r}")
         setting = self.setting
-        described = json.dumps(dataclasses.asdict(config) if dataclasses.is_dataclass(config) else {}, sort_keys=True)
+        described = json.dumps({} if config is None else dataclasses.asdict(config), sort_keys=True)
         return {
             "paper": PAPERS[setting.notebook], "notebook": setting.notebook, "profile": setting.profile, "dataset": setting.dataset,
             "dataset_sha256": self.train.sha256()[:12], "arch": setting.arch, "attack": setting.attack,
@@ -170,6 +175,18 @@ def prepare(setting: Setting, device: torch.device | str) -> Lab:
     before = metrics.evaluate(model, test, triggered.test, triggered.wanted)
     clean = train_split.subset(clean_indices)
     return Lab(setting, train_split, test, poisoned, triggered, stamps, model, before, clean, clean_indices, device)
+
+
+def require_planted(before: dict[str, float]) -> None:
+    """Raises RuntimeError if the network does its task, or answers to the trigger, too seldom to judge a defense on it.
+
+    before: `Lab.before`.  The limits are ours: far above chance, far below what every stored network has.
+    """
+    if before["acc"] < 0.6 or before["asr"] < 0.75:
+        raise RuntimeError(
+            f"the backdoor was not planted: ACC {before['acc']:.3f} (.6 is needed), ASR {before['asr']:.3f} (.75): no "
+            "defense can be judged on this.  Take more training images (a few thousand), a higher poison rate or another attack"
+        )
 
 
 def training_part(setting: Setting, train_split: Dataset) -> Dataset:

@@ -65,7 +65,7 @@ def rows(
 
     A method that gives up on this network has none.  measured: as in `compare.rows`.
     """
-    stored = results.once(stored, compare.so_far(measured))
+    stored = results.once(compare.so_far(measured), stored)
     found = (oracle_row(lab, name, stored, watch) for name in names if name in SWEEPS)
     return compare.kept((row for row in found if row is not None), measured)
 

@@ -6,7 +6,8 @@
   python -m bdlib.paper --arch preact_resnet18:16      a narrower network, for a CPU
 
 A row is kept as soon as it is measured, below OUT/parts; OUT/results.csv holds them all, in the form of the notebooks' rows.  The same
-command again goes on where it stopped.  Once the minutes are over nothing new is begun, and what runs is finished.
+command again goes on where it stopped, and goes by names alone: after a change of a method's code or settings take another OUT.  Once
+the minutes are over nothing new is begun, and what runs is finished.
 """
 
 import argparse
@@ -25,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from bdlib import compare, data, experiment, files, models, names, oracle, places, profiles, results
+from bdlib import compare, data, experiment, files, models, names, oracle, places, poison, profiles, results
 from bdlib.experiment import Lab, Setting
 
 DATASETS = ("cifar10", "gtsrb")
@@ -114,7 +115,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         parser.add_argument(option, nargs="+", default=default, metavar=word, help=text, **settings)
 
     several("--datasets", DATASETS, "NAME")
-    several("--attacks", ATTACKS, "NAME", choices=ATTACKS)
+    several("--attacks", ATTACKS, "NAME")
     several("--methods", (*METHODS, IN_TRAINING), "NAME")
     several("--seeds", SEEDS, "N", type=number_from(0))
     several("--budgets", BUDGETS, "N", type=number_from(1))
@@ -134,6 +135,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     try:
         options.methods = tuple(compare.chosen(",".join(options.methods)))
         models.parse(options.arch)
+        for attack in options.attacks:
+            poison.Attack(name=attack)
         for dataset in options.datasets:
             if dataset not in data.NAMES and not dataset.startswith("folder:"):
                 raise ValueError(f"datasets must be out of {', '.join(data.NAMES)}, or folder:PATH, got {dataset!r}")

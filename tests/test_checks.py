@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from bdlib import checks, fits, grid
+from bdlib import checks, fits, grid, places
 from tests import batch
 
 
@@ -92,3 +92,18 @@ def test_a_plan_does_not_import_torch(tmp_path, monkeypatch, option):
     call = f"import sys, runall; status = runall.main(['{option}', '--seed', '0', '1']); print(status, 'torch' in sys.modules)"
     ended = subprocess.run([sys.executable, "-c", call], cwd=batch.ROOT, capture_output=True, text=True, check=False)
     assert ended.stdout.splitlines()[-1] == "0 False", ended
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"methods": "last_layr"}, "methods must be all, post-training, in training, or names out of"),
+        ({"methods": "awm,ft_san"}, "got ft_san"),
+        ({"extras": "oracl"}, "extras must be out of control, oracle, detection, steps, or empty, got oracl"),
+        ({"methods": "awm,ft_sam", "extras": "oracle"}, None),
+    ],
+)
+def test_methods_and_extras_of_06_are_known_before_anything_starts(tmp_path, values, said):
+    runs = grid.plan([places.project_root() / "notebooks" / "06_all_five.ipynb"], "quick", {}, values, tmp_path)
+    found = checks.complaints(runs)
+    assert (said in found[0] and len(found) == 1) if said else found == []

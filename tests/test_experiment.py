@@ -154,3 +154,10 @@ def test_rows_go_below_the_current_folder_where_the_project_cannot_be_written(tm
     monkeypatch.setattr(experiment.os, "access", lambda path, mode: mode != os.W_OK)
     assert experiment.out_folder("runs/x") == tmp_path / "runs/x"
     assert experiment.out_folder("/elsewhere") == type(tmp_path)("/elsewhere")
+
+
+@pytest.mark.parametrize(("acc", "asr"), [(0.59, 1.0), (0.99, 0.74)])
+def test_a_network_without_a_task_or_a_backdoor_is_refused(acc, asr):
+    with pytest.raises(RuntimeError, match=f"not planted: ACC {acc:.3f}.*ASR {asr:.3f}.*a higher poison rate"):
+        experiment.require_planted({"acc": acc, "asr": asr})
+    experiment.require_planted({"acc": 0.6, "asr": 0.75})

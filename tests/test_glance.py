@@ -18,7 +18,8 @@ USUAL = {
 
 
 def test_the_names_are_those_of_what_does_the_work():
-    assert sorted(names.ATTACKS) == sorted(catalog.names()) and names.NETWORKS == tuple(models.ARCHS)
+    assert set(names.ATTACKS) == set(catalog.names()), "names.ATTACKS, for `runall.py --help`, must name every attack"
+    assert len(names.ATTACKS) == len(set(names.ATTACKS)) and names.NETWORKS == tuple(models.ARCHS)
     assert {name for name in names.ATTACKS if catalog.kind(name).pool == "target"} == set(names.CLEAN_LABEL)
     assert all(catalog.kind(name).pool in ("all", "target") for name in names.ATTACKS)
     assert set(names.EMBEDDED) == set(data.EMBEDDED)

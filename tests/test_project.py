@@ -93,7 +93,7 @@ def test_the_readme_names_real_notebooks_and_make_targets():
         assert (ROOT / "notebooks" / name).exists()
 
 
-@pytest.mark.parametrize("target", ["reproduce", "notebooks", "test-package", "test-notebooks"])
+@pytest.mark.parametrize("target", ["reproduce", "lab", "notebooks", "test-package", "test-notebooks"])
 def test_make_runs_what_it_runs_with_the_same_bits_everywhere(target):
     printed = f"python() {{ printenv {' '.join(gpu.SAME_BITS)}; }}; python"
     command = ["make", "--silent", target, f"PYTHON={printed}", "INSTALLED=pyproject.toml"]

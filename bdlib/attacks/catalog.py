@@ -1,4 +1,4 @@
-"""Every attack by name: what it puts on images, which images, what it needs.  A new attack is one line here."""
+"""Every attack by name: what it puts on images, which images, what it needs.  A new one is a line here and its name in names.py."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -60,8 +60,11 @@ class Method:
     call: Callable[[Held, object, torch.Generator, Watch], nn.Module]
 
     def run(self, held: Held, *, generator: torch.Generator, watch: Watch = iter) -> nn.Module:
-        """The defended model, in eval(), with the settings that fit."""
-        return self.call(held, self.config(held), generator, watch)
+        """The defended model, in eval(), with the settings that fit.  Raises TypeError if the method returns anything else."""
+        model = self.call(held, self.config(held), generator, watch)
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"a method must return the defended model, got {model!r}")
+        return model
 
 
 def on_clean(method: Callable, config: Callable[[Held], object]) -> Method:
