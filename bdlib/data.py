@@ -32,6 +32,7 @@ class Dataset:
     """One split: images uint8 (N, C, H, W), labels int64 (N,), and what may be done to them without changing the label.
 
     `crop_padding` (pixels) and `flip` are what every training here uses; `least_area` is how much of an image a zoomed copy must show.
+    Raises TypeError for images or labels that are no such tensors, ValueError for labels that are not one for each image, or no class.
     """
 
     name: str
@@ -41,6 +42,25 @@ class Dataset:
     crop_padding: int = 0
     flip: bool = False
     least_area: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, dtype, dimensions in (("images", torch.uint8, 4), ("labels", torch.int64, 1)):
+            value = getattr(self, name)
+            if not isinstance(value, torch.Tensor) or value.dtype != dtype or value.dim() != dimensions:
+                kind = (
+                    f"{value.dtype} {tuple(value.shape)}" if isinstance(value, torch.Tensor) else type(value).__name__
+                )
+                wanted = "uint8 (N, C, H, W), 0 to 255" if name == "images" else "int64 (N,)"
+                raise TypeError(f"{name} must be a tensor {wanted}, got {kind}")
+        if len(self.labels) != len(self.images):
+            raise ValueError(
+                f"each image must have a label, got {len(self.images)} images and {len(self.labels)} labels"
+            )
+        # On a GPU a look at the labels would wait for all that it has to do.
+        if self.labels.is_cpu and len(self.labels):
+            low, high = (value.item() for value in self.labels.aminmax())
+            if low < 0 or high >= len(self.classes):
+                raise ValueError(f"labels must be between 0 and {len(self.classes) - 1}, got {low} to {high}")
 
     def __len__(self) -> int:
         return len(self.labels)

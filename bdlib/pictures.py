@@ -76,6 +76,8 @@ def resized(pairs: Iterable[tuple], count: int, pixels: int) -> tuple[np.ndarray
     from tqdm import tqdm
 
     images, labels = np.empty((count, pixels, pixels, 3), np.uint8), np.empty(count, np.int64)
-    for k, (image, label) in enumerate(tqdm(pairs, desc="reading images", total=count, leave=False, mininterval=1)):
+    for k, (image, label) in enumerate(
+        tqdm(pairs, desc="reading images", total=count, leave=False, mininterval=1, disable=None)
+    ):
         images[k], labels[k] = np.asarray(image.resize((pixels, pixels))), label
     return images, labels

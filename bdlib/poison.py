@@ -26,8 +26,10 @@ class Attack:
 
     def __post_init__(self) -> None:
         kind = self.kind
-        if not 0 < self.poison_rate <= 1:
-            raise ValueError(f"poison_rate must be in (0, 1], got {self.poison_rate}")
+        if type(self.target_label) is not int:
+            raise ValueError(f"target_label must be a whole number, got {self.target_label!r}")
+        if type(self.poison_rate) not in (int, float) or not 0 < self.poison_rate <= 1:
+            raise ValueError(f"poison_rate must be in (0, 1], got {self.poison_rate!r}")
         if self.pool is None:
             object.__setattr__(self, "pool", kind.pool)
         if self.pool not in catalog.POOLS:
@@ -95,12 +97,12 @@ def poison(train: Dataset, attack: Attack, stamps: Stamps | None = None, *, gene
     chosen = pool[torch.randperm(len(pool), generator=generator)[:count]].sort().values
     picks = chosen.to(train.images.device)
     images, labels = train.images.clone(), train.labels.clone()
-    images[picks] = _apply(lambda batch: stamps.on_poisoned(batch, generator), train.images[picks])
+    images[picks] = _apply(lambda batch: stamps.on_poisoned(batch, generator), train.images[picks], attack)
     labels[picks] = wanted[picks]
     covers = _choose_covers(len(train), chosen, attack.kind.covers, generator)
     if len(covers):
         places = covers.to(train.images.device)
-        images[places] = _apply(lambda batch: stamps.on_covers(batch, generator), train.images[places])
+        images[places] = _apply(lambda batch: stamps.on_covers(batch, generator), train.images[places], attack)
     return Poisoned(replace(train, images=images, labels=labels), chosen, covers)
 
 
@@ -108,7 +110,7 @@ def triggered_test(test: Dataset, attack: Attack, stamps: Stamps | None = None) 
     """The whole test split with the trigger, 8 bits, beside the labels that the attacker wants."""
     stamps = stamps or attack.stamps()
     return Triggered(
-        replace(test, images=_apply(stamps.test, test.images)), attack.wanted(test.labels, len(test.classes))
+        replace(test, images=_apply(stamps.test, test.images, attack)), attack.wanted(test.labels, len(test.classes))
     )
 
 
@@ -139,8 +141,23 @@ def _choose_covers(count: int, chosen: torch.Tensor, each: float, generator: tor
     return others[torch.randperm(len(others), generator=generator)[: round(each * len(chosen))]].sort().values
 
 
-def _apply(stamp: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor) -> torch.Tensor:
-    """Triggered uint8 images: clip first, then round, so that no pixel wraps around."""
-    return torch.cat(
-        [stamp(to_float(chunk)).clamp(0, 1).mul(255).round().to(torch.uint8) for chunk in images.split(_CHUNK)]
-    )
+def _apply(stamp: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, attack: Attack) -> torch.Tensor:
+    """Triggered uint8 images: clip first, then round, so that no pixel wraps around.  Raises ValueError if no images come back."""
+    chunks = []
+    for chunk in images.split(_CHUNK):
+        stamped = stamp(to_float(chunk))
+        _require_images(stamped, chunk.shape, attack)
+        chunks.append(stamped.clamp(0, 1).mul(255).round().to(torch.uint8))
+    return torch.cat(chunks)
+
+
+def _require_images(stamped: object, shape: torch.Size, attack: Attack) -> None:
+    """Whether a trigger gave back what it must.  What it adds may leave [0, 1] and be clipped, as a sine wave does, but not far."""
+    wanted = f"attack {attack.name!r}: its trigger must return float images {tuple(shape)} in [0, 1]"
+    if not isinstance(stamped, torch.Tensor):
+        raise ValueError(f"{wanted}, got {type(stamped).__name__}")
+    if not stamped.is_floating_point() or stamped.shape != shape:
+        raise ValueError(f"{wanted}, got {stamped.dtype} {tuple(stamped.shape)}")
+    low, high = (value.item() for value in stamped.aminmax())
+    if not (low >= -1 and high <= 2):  # also for NaN
+        raise ValueError(f"{wanted}, got values from {low:g} to {high:g}")

@@ -11,6 +11,7 @@ from bdlib import pictures, signs
 
 Arrays = dict[str, np.ndarray]  # x_train, y_train, x_test, y_test (images uint8 N x H x W x C) and classes
 SIGNS_TRAIN, SIGNS_TEST = 5000, 2000
+SPLITS = ("train", "test", "val", "valid", "validation", "dev")  # what people call folders of splits, in any case
 # Stanford's archive and its MD5 sum; torchvision has no class for it.
 TINY_IMAGENET = ("http://cs231n.stanford.edu/tiny-imagenet-200.zip", "90528d7ca1a48142e341f4ef8d21d0de")
 
@@ -21,6 +22,7 @@ def folder(spec: str) -> Arrays:
     spec: PATH or PATH@SIZE.  Raises ValueError if the folder does not fit or a picture cannot be read.
     """
     root, pixels = _path_and_size(spec)
+    _require_layout(root)
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None)
     if (root / "train").is_dir() and test:
         (train_samples, classes), (test_samples, others) = (
@@ -42,6 +44,20 @@ def folder(spec: str) -> Arrays:
         train_samples, test_samples = ([samples[k] for k in np.flatnonzero(part)] for part in (~held, held))
     train = pictures.read_all(train_samples, pixels)
     return _arrays(train, pictures.read_all(test_samples, pixels), classes)
+
+
+def _require_layout(root: Path) -> None:
+    """Raises ValueError for folders that are called like splits but are not the two that are understood: they are no classes.
+
+    One of many may be a class: a train among cars.
+    """
+    names = sorted(path.name for path in root.iterdir() if path.is_dir())
+    splits = [name for name in names if name.lower() in SPLITS]
+    understood = "train" in splits and {"test", "val"} & set(splits)
+    if splits and not understood and (len(splits) > 1 or splits == names):
+        raise ValueError(
+            f"folder:{root} holds {', '.join(splits)}: two splits are called train and test (or val); else PATH holds the classes"
+        )
 
 
 def _path_and_size(spec: str) -> tuple[Path, int]:

@@ -172,7 +172,9 @@ def predict(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
 
 
 def accuracy(model: nn.Module, dataset: Dataset) -> float:
-    """Share of the images that the model, in eval(), calls their class."""
+    """Share of the images that the model, in eval(), calls their class.  Raises ValueError if there are none."""
+    if not len(dataset):
+        raise ValueError("accuracy needs at least one image, got none")
     return (predict(model, dataset.images) == dataset.labels).double().mean().item()
 
 

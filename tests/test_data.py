@@ -586,11 +586,48 @@ def test_classes_without_a_picture_are_named(tmp_path, splits):
         data.load(f"folder:{tmp_path}")
 
 
-@pytest.mark.parametrize(("split", "classes", "only"), [(".", ("cat",), "cat"), ("train", ("cat", "dog"), "train")])
-def test_one_class_is_too_few(tmp_path, split, classes, only):
-    picture_tree(tmp_path, [split], classes)
-    with pytest.raises(ValueError, match=f"at least 2 classes, got only {only!r}"):
+def test_one_class_is_too_few(tmp_path):
+    picture_tree(tmp_path, ["."], ("cat",))
+    with pytest.raises(ValueError, match="at least 2 classes, got only 'cat'"):
         data.load(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize("splits", [["train"], ["train", "valid"], ["Train", "Test"], ["test", "val"]])
+def test_folders_called_like_splits_are_no_classes(tmp_path, splits):
+    picture_tree(tmp_path, splits)
+    with pytest.raises(ValueError, match=f"holds {', '.join(sorted(splits))}: two splits are called train and test"):
+        data.load(f"folder:{tmp_path}")
+
+
+def test_a_train_among_cars_is_a_class(tmp_path):
+    picture_tree(tmp_path, ["."], ("car", "train"))
+    assert data.load(f"folder:{tmp_path}")[0].classes == ("car", "train")
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        (
+            lambda d: {"images": d.floats()},
+            r"images must be a tensor uint8 \(N, C, H, W\), 0 to 255, got torch.float32",
+        ),
+        (lambda d: {"images": d.images[0]}, r"images must be .*got torch.uint8 \(3, 8, 8\)"),
+        (lambda d: {"images": d.images.numpy()}, "images must be a tensor .*got ndarray"),
+        (lambda d: {"labels": d.labels.int()}, r"labels must be a tensor int64 \(N,\), got torch.int32 \(36,\)"),
+        (lambda d: {"labels": d.labels[:, None]}, r"labels must be .*got torch.int64 \(36, 1\)"),
+        (lambda d: {"labels": d.labels.tolist()}, "labels must be .*got list"),
+        (lambda d: {"labels": d.labels[:30]}, "each image must have a label, got 36 images and 30 labels"),
+        (lambda d: {"labels": d.labels + 1}, "labels must be between 0 and 2, got 1 to 3"),
+        (lambda d: {"labels": d.labels - 1}, "labels must be between 0 and 2, got -1 to 1"),
+    ],
+)
+def test_what_is_no_split_of_images_is_refused(tiny, values, said):
+    with pytest.raises((TypeError, ValueError), match=said):
+        data.replace(tiny, **values(tiny))
+
+
+def test_a_split_may_be_empty(tiny):
+    assert len(tiny.subset(slice(0))) == 0
 
 
 def test_a_class_too_small_to_be_parted_is_named(tmp_path):

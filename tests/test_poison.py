@@ -71,6 +71,10 @@ def test_the_generator_alone_decides_who_is_poisoned(tiny):
     [
         ({"name": "badnet"}, "attack must be one of badnets, .*badnets_a2a.* got 'badnet'"),
         ({"poison_rate": 0}, r"poison_rate must be in \(0, 1\], got 0"),
+        ({"poison_rate": "10%"}, r"poison_rate must be in \(0, 1\], got '10%'"),
+        ({"poison_rate": True}, r"poison_rate must be in \(0, 1\], got True"),
+        ({"target_label": 1.5}, "target_label must be a whole number, got 1.5"),
+        ({"target_label": True}, "target_label must be a whole number, got True"),
         ({"poison_rate": 1.2}, r"poison_rate must be in \(0, 1\], got 1.2"),
         ({"name": "fc"}, "attack 'fc' is not built: feature collision has no trigger"),
         ({"name": "sig_a2a"}, "attack 'sig_a2a': sig changes no label"),
@@ -94,6 +98,27 @@ def test_a_target_outside_the_classes_is_refused(tiny, generator, label):
 def test_a_rate_that_the_pool_cannot_give_is_refused(tiny, generator, rate):
     with pytest.raises(ValueError, match="the pool 'non_target' allows 1 to 24"):
         poison.poison(tiny, Attack(name="badnets", poison_rate=rate, pool="non_target"), generator=generator)
+
+
+@pytest.mark.parametrize(
+    ("trigger", "got"),
+    [
+        (lambda images: images * 255, r"got values from 0 to 2\d\d"),
+        (lambda images: images * float("nan"), "got values from nan to nan"),
+        (lambda images: (images * 255).to(torch.uint8), "got torch.uint8"),
+        (lambda images: images[:, :1], r"got torch.float32 \(\d+, 1, 8, 8\)"),
+        (lambda images: images[0], r"got torch.float32 \(3, 8, 8\)"),
+        (lambda images: None, "got NoneType"),
+    ],
+)
+def test_a_trigger_that_gives_back_no_images_is_named(tiny, generator, trigger, got):
+    stamps = Stamps(trigger)
+    with pytest.raises(
+        ValueError, match=r"attack 'badnets': its trigger must return float images .*in \[0, 1\], " + got
+    ):
+        poison.poison(tiny, Attack(name="badnets"), stamps, generator=generator)
+    with pytest.raises(ValueError, match=got):
+        poison.triggered_test(tiny, Attack(name="badnets"), stamps)
 
 
 def test_gray_images_are_poisoned_too(tiny, generator):

@@ -206,3 +206,8 @@ def test_prediction_uses_eval_and_puts_the_mode_back(tiny, network):
     first = train.predict(network, tiny.images)
     assert torch.equal(first, train.predict(network, tiny.images)) and network.training
     assert torch.equal(statistics, network[1].running_mean)
+
+
+def test_the_accuracy_on_no_image_is_refused(tiny):
+    with pytest.raises(ValueError, match="accuracy needs at least one image, got none"):
+        train.accuracy(torch.nn.Flatten(), tiny.subset(slice(0)))
