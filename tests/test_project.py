@@ -121,3 +121,17 @@ def test_the_readmes_table_is_that_of_the_measured_rows():
             for name in paper.ATTACKS
         ]
     assert shown == measured and set(rows["device"]) == {"NVIDIA H200"}
+
+
+def test_the_readmes_table_of_gtsrb_is_that_of_the_measured_rows():
+    text = (ROOT / "README.md").read_text()
+    head, _, *lines = re.search(r"^\| GTSRB, ACC / ASR, % .*?\n\n", text, re.M | re.S).group().strip().splitlines()
+    _, *methods = re.split(r" *\| *", head)[1:-1]
+    cells = [re.split(r" *\| *", line)[2:-1] for line in lines]
+    rows = results.load(ROOT / "figures" / "paper_gtsrb_width_16.csv").query("variant == 'default'")
+    rows = rows.assign(method=[figures.method_name(name, "default") for name in rows["defense"]]).set_index("method")
+    for attack, shown in zip(["badnets", "blended"], cells, strict=True):
+        measured = 100 * rows[rows["attack"] == attack][["acc", "asr"]]
+        assert sorted(methods) == sorted(measured.index)
+        for method, cell in zip(methods, shown, strict=True):
+            assert tuple(map(float, cell.split("/"))) == pytest.approx(tuple(measured.loc[method]), abs=0.0501)
