@@ -1,6 +1,5 @@
 """All methods under one protocol: the same network, clean images and seed for each; rows are read where they are stored."""
 
-import copy
 import dataclasses
 import functools
 import math
@@ -165,7 +164,10 @@ def method_row(
     known = same_run(stored, lab, {"defense": name, "variant": variant, "budget": budget}, config)
     if known is not None:
         return known
-    measured, failed, as_it_was = lab.model, None, copy.deepcopy(lab.model.state_dict())
+    measured, failed = lab.model, None
+    as_it_was = {
+        key: value.cpu().clone() for key, value in lab.model.state_dict().items()
+    }  # no part of the device's peak memory
     if method.needs == catalog.TWO_NETWORKS:
         source.second_model()  # into the store, as the first one is: its training is no part of the method's seconds
     experiment.forget_peak_memory(lab.device)
@@ -175,7 +177,7 @@ def method_row(
         except NoResult as error:
             print(f"{name}: {error}")
             failed = {"failed": 1.0}
-    if not all(torch.equal(now, as_it_was[key]) for key, now in lab.model.state_dict().items()):
+    if not all(torch.equal(now.cpu(), as_it_was[key]) for key, now in lab.model.state_dict().items()):
         raise RuntimeError(f"{name} changed the network that it was given: a method must work on a copy")
     row = lab.row(name, variant, measured, budget=budget, seconds=seconds[0], config=config, measures=failed)
     print(f"{name}, measured now: ACC {row['acc']:.3f}, ASR {row['asr']:.3f}, {seconds[0]:.0f} s")
