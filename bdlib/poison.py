@@ -11,6 +11,7 @@ from bdlib.data import Dataset, to_float
 
 _ALL_TO_ALL = "_a2a"
 _CHUNK = 1000  # images triggered at once: bounds the float copy to a few MB
+_SLACK = 1 / 255  # how far a triggered pixel may lie outside [0, 1]: one step of 8 bits, for rounding
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,11 @@ class Attack:
         kind = self.kind
         if type(self.target_label) is not int:
             raise ValueError(f"target_label must be a whole number, got {self.target_label!r}")
-        if type(self.poison_rate) not in (int, float) or not 0 < self.poison_rate <= 1:
+        if (
+            isinstance(self.poison_rate, bool)
+            or not isinstance(self.poison_rate, int | float)
+            or not 0 < self.poison_rate <= 1
+        ):
             raise ValueError(f"poison_rate must be in (0, 1], got {self.poison_rate!r}")
         if self.pool is None:
             object.__setattr__(self, "pool", kind.pool)
@@ -152,12 +157,14 @@ def _apply(stamp: Callable[[torch.Tensor], torch.Tensor], images: torch.Tensor, 
 
 
 def _require_images(stamped: object, shape: torch.Size, attack: Attack) -> None:
-    """Whether a trigger gave back what it must.  What it adds may leave [0, 1] and be clipped, as a sine wave does, but not far."""
+    """Raises ValueError if a trigger gave back anything but as many images in [0, 1]: others would be clipped, and look triggered."""
     wanted = f"attack {attack.name!r}: its trigger must return float images {tuple(shape)} in [0, 1]"
     if not isinstance(stamped, torch.Tensor):
         raise ValueError(f"{wanted}, got {type(stamped).__name__}")
     if not stamped.is_floating_point() or stamped.shape != shape:
         raise ValueError(f"{wanted}, got {stamped.dtype} {tuple(stamped.shape)}")
+    if not stamped.numel():
+        return
     low, high = (value.item() for value in stamped.aminmax())
-    if not (low >= -1 and high <= 2):  # also for NaN
+    if not (low >= -_SLACK and high <= 1 + _SLACK):  # also for NaN
         raise ValueError(f"{wanted}, got values from {low:g} to {high:g}")

@@ -76,10 +76,10 @@ def save(rows: pd.DataFrame, path: Path) -> None:
     write_atomic(path, lambda file: file.write(rows.to_csv(index=False, lineterminator="\n").encode()))
 
 
-def load(*paths: Path | str) -> pd.DataFrame:
+def load(*paths: Path) -> pd.DataFrame:
     """Rows of these CSV files, one below the other.  Raises ValueError for a file that is not one of results."""
     texts = {"config": str, "dataset_sha256": str, "config_sha256": str}
-    tables = [pd.read_csv(io.BytesIO(Path(path).read_bytes()), dtype=texts) for path in paths]
+    tables = [pd.read_csv(io.BytesIO(path.read_bytes()), dtype=texts) for path in paths]
     for path, rows in zip(paths, tables, strict=True):
         missing = [name for name in COLUMNS if name not in rows.columns]
         if missing:

@@ -49,14 +49,19 @@ def folder(spec: str) -> Arrays:
 def _require_layout(root: Path) -> None:
     """Raises ValueError for folders that are called like splits but are not the two that are understood: they are no classes.
 
-    One of many may be a class: a train among cars.
+    One of many may be a class, a train among cars, if its pictures lie in it and not in folders.
     """
     names = sorted(path.name for path in root.iterdir() if path.is_dir())
     splits = [name for name in names if name.lower() in SPLITS]
-    understood = "train" in splits and {"test", "val"} & set(splits)
-    if splits and not understood and (len(splits) > 1 or splits == names):
+    missing = [] if "train" in splits else ["train"]
+    if not {"test", "val"} & set(splits):
+        missing.append("test")
+    if not splits or not missing:
+        return
+    if len(splits) > 1 or splits == names or any(path.is_dir() for path in (root / splits[0]).iterdir()):
         raise ValueError(
-            f"folder:{root} holds {', '.join(splits)}: two splits are called train and test (or val); else PATH holds the classes"
+            f"folder:{root} holds {', '.join(splits)} but no {' and no '.join(missing)}: "
+            "two splits are called train and test (or val), in small letters; else PATH holds the classes"
         )
 
 

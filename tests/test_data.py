@@ -592,10 +592,34 @@ def test_one_class_is_too_few(tmp_path):
         data.load(f"folder:{tmp_path}")
 
 
-@pytest.mark.parametrize("splits", [["train"], ["train", "valid"], ["Train", "Test"], ["test", "val"]])
-def test_folders_called_like_splits_are_no_classes(tmp_path, splits):
+@pytest.mark.parametrize(
+    ("splits", "missing"),
+    [
+        (["train"], "test"),
+        (["train", "valid"], "test"),
+        (["Train", "Test"], "train and no test"),
+        (["test", "val"], "train"),
+        (["DEV"], "train and no test"),
+    ],
+)
+def test_folders_called_like_splits_are_no_classes(tmp_path, splits, missing):
     picture_tree(tmp_path, splits)
-    with pytest.raises(ValueError, match=f"holds {', '.join(sorted(splits))}: two splits are called train and test"):
+    with pytest.raises(
+        ValueError, match=f"holds {', '.join(sorted(splits))} but no {missing}: two splits are called train and test"
+    ):
+        data.load(f"folder:{tmp_path}")
+
+
+@pytest.mark.parametrize(("folders", "splits"), [(("train",), "train"), (("more", "train", "valid"), "train, valid")])
+def test_splits_without_classes_are_no_classes(tmp_path, folders, splits):
+    picture_tree(tmp_path, ["."], folders)
+    with pytest.raises(ValueError, match=f"holds {splits} but no test: two splits"):
+        data.load(f"folder:{tmp_path}")
+
+
+def test_a_split_beside_a_folder_of_another_name_is_no_class(tmp_path):
+    picture_tree(tmp_path, ["train", "holdout"])
+    with pytest.raises(ValueError, match="holds train but no test: two splits"):
         data.load(f"folder:{tmp_path}")
 
 
@@ -626,8 +650,19 @@ def test_what_is_no_split_of_images_is_refused(tiny, values, said):
         data.replace(tiny, **values(tiny))
 
 
+def test_labels_away_from_the_cpu_are_not_looked_at(tiny):
+    """On a GPU that would wait for it; a meta tensor has no values, so that a look is an error."""
+    assert tiny.to("meta").subset(slice(3)).labels.is_meta
+
+
 def test_a_split_may_be_empty(tiny):
     assert len(tiny.subset(slice(0))) == 0
+
+
+def test_a_log_gets_no_progress_bar_of_the_pictures(tmp_path, capsys):
+    picture_tree(tmp_path, ["."])
+    data.load(f"folder:{tmp_path}")
+    assert capsys.readouterr().err == ""
 
 
 def test_a_class_too_small_to_be_parted_is_named(tmp_path):

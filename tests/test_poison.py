@@ -1,5 +1,6 @@
 """Which images are poisoned, what becomes of them, and the triggered test set."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -44,10 +45,11 @@ def test_all_to_all_calls_every_class_the_next(tiny, generator):
     assert torch.equal(out.train.labels, (tiny.labels + 1) % 3)
 
 
-def test_no_pixel_wraps_around(tiny, generator, monkeypatch):
-    monkeypatch.setitem(triggers.TRIGGERS, "bright", lambda: lambda images: images + 0.7)
-    out = poison.poison(tiny, Attack(name="bright", poison_rate=1.0), generator=generator)
-    assert (out.train.images >= tiny.images).all() and out.train.images.max() == 255
+@pytest.mark.parametrize(("value", "pixel"), [(1.0039, 255), (-0.0039, 0)])
+def test_no_pixel_wraps_around(tiny, generator, value, pixel):
+    stamps = Stamps(lambda images: torch.full_like(images, value))
+    out = poison.poison(tiny, Attack(name="badnets", poison_rate=1.0), stamps, generator=generator)
+    assert (out.train.images == pixel).all()
 
 
 def test_triggered_test_set_holds_true_labels_and_wanted_ones(tiny):
@@ -73,6 +75,7 @@ def test_the_generator_alone_decides_who_is_poisoned(tiny):
         ({"poison_rate": 0}, r"poison_rate must be in \(0, 1\], got 0"),
         ({"poison_rate": "10%"}, r"poison_rate must be in \(0, 1\], got '10%'"),
         ({"poison_rate": True}, r"poison_rate must be in \(0, 1\], got True"),
+        ({"poison_rate": None}, r"poison_rate must be in \(0, 1\], got None"),
         ({"target_label": 1.5}, "target_label must be a whole number, got 1.5"),
         ({"target_label": True}, "target_label must be a whole number, got True"),
         ({"poison_rate": 1.2}, r"poison_rate must be in \(0, 1\], got 1.2"),
@@ -104,7 +107,10 @@ def test_a_rate_that_the_pool_cannot_give_is_refused(tiny, generator, rate):
     ("trigger", "got"),
     [
         (lambda images: images * 255, r"got values from 0 to 2\d\d"),
+        (lambda images: images * 2 - 1, r"got values from -1 to 0\.\d+"),
+        (lambda images: images + 0.1, r"got values from 0\.1 to 1\.\d+"),
         (lambda images: images * float("nan"), "got values from nan to nan"),
+        (lambda images: (images + 1) / 0, "got values from inf to inf"),
         (lambda images: (images * 255).to(torch.uint8), "got torch.uint8"),
         (lambda images: images[:, :1], r"got torch.float32 \(\d+, 1, 8, 8\)"),
         (lambda images: images[0], r"got torch.float32 \(3, 8, 8\)"),
@@ -119,6 +125,21 @@ def test_a_trigger_that_gives_back_no_images_is_named(tiny, generator, trigger, 
         poison.poison(tiny, Attack(name="badnets"), stamps, generator=generator)
     with pytest.raises(ValueError, match=got):
         poison.triggered_test(tiny, Attack(name="badnets"), stamps)
+
+
+def test_a_cover_that_is_no_image_is_named(tiny, generator):
+    stamps = Stamps(test=triggers.make("badnets"), cover=lambda images, source: images * 255)
+    with pytest.raises(ValueError, match="attack 'adaptive_patch': its trigger must return .* got values from 0 to 2"):
+        poison.poison(tiny, Attack(name="adaptive_patch", poison_rate=0.25), stamps, generator=generator)
+
+
+def test_an_empty_test_split_stays_empty(tiny):
+    out = poison.triggered_test(tiny.subset(slice(0)), Attack(name="badnets"))
+    assert out.test.images.shape == (0, 3, 8, 8) and out.test.images.dtype == torch.uint8 and len(out.wanted) == 0
+
+
+def test_a_rate_from_numpy_is_a_rate():
+    assert Attack(name="badnets", poison_rate=np.float64(0.2)).poison_rate == 0.2
 
 
 def test_gray_images_are_poisoned_too(tiny, generator):
