@@ -165,9 +165,8 @@ def method_row(
     if known is not None:
         return known
     measured, failed = lab.model, None
-    as_it_was = {
-        key: value.cpu().clone() for key, value in lab.model.state_dict().items()
-    }  # no part of the device's peak memory
+    # On the CPU, so that it is no part of the device's peak memory.
+    as_it_was = {key: value.cpu().clone() for key, value in lab.model.state_dict().items()}
     if method.needs == catalog.TWO_NETWORKS:
         source.second_model()  # into the store, as the first one is: its training is no part of the method's seconds
     experiment.forget_peak_memory(lab.device)

@@ -63,9 +63,8 @@ def test_a_lease_that_nobody_refreshes_is_taken_over_and_a_refreshed_one_is_not(
 
 
 def test_a_lease_of_a_dead_process_is_not_held(bucket, monkeypatch):
-    begun = datetime.now(
-        UTC
-    )  # the clock stands from here on, as a busy machine may take seconds to get to the question
+    # The clock stands from here on, as a busy machine may take seconds to get to the question.
+    begun = datetime.now(UTC)
     with locks.hold(bucket / "a.lock"):
         monkeypatch.setattr(locks, "datetime", later := type("", (), {}))
         later.now = lambda zone: begun + timedelta(seconds=59)
