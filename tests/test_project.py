@@ -7,7 +7,7 @@ import tomllib
 import pytest
 import yaml
 
-from bdlib import figures, gpu, grid, paper, profiles, results
+from bdlib import gpu, grid, profiles
 from tests.stored import NOTEBOOKS, ROOT, cells, source
 
 CONDA_NAMES = {"torch": "pytorch"}
@@ -101,37 +101,3 @@ def test_make_runs_what_it_runs_with_the_same_bits_everywhere(target):
     calls = len(out) // len(gpu.SAME_BITS)
     assert calls
     assert out == calls * list(gpu.SAME_BITS.values())
-
-
-def test_the_readmes_table_is_that_of_the_measured_rows():
-    text = (ROOT / "README.md").read_text()
-    table = re.search(r"^\| ACC / ASR, % .*?\n\n", text, re.M | re.S).group()
-    lines = [re.split(r" *\| *", line)[1:-1] for line in table.strip().splitlines()[2:]]
-    shown = {
-        name: [tuple(map(float, cell.split("/"))) if "/" in cell else cell for cell in cells] for name, *cells in lines
-    }
-    rows = results.load(ROOT / "figures" / "paper_cifar10_jpeg.csv").query(
-        "variant == 'default' and budget == 500 and seed == 0"
-    )
-    measured = {}
-    for defense, part in rows.groupby("defense"):
-        by_attack = 100 * part.set_index("attack")[["acc", "asr"]]
-        measured[figures.method_name(defense, "default")] = [
-            pytest.approx(tuple(by_attack.loc[name]), abs=0.0501) if name in by_attack.index else "not run"
-            for name in paper.ATTACKS
-        ]
-    assert shown == measured and set(rows["device"]) == {"NVIDIA H200"}
-
-
-def test_the_readmes_table_of_gtsrb_is_that_of_the_measured_rows():
-    text = (ROOT / "README.md").read_text()
-    head, _, *lines = re.search(r"^\| GTSRB, ACC / ASR, % .*?\n\n", text, re.M | re.S).group().strip().splitlines()
-    _, *methods = re.split(r" *\| *", head)[1:-1]
-    cells = [re.split(r" *\| *", line)[2:-1] for line in lines]
-    rows = results.load(ROOT / "figures" / "paper_gtsrb_width_16.csv").query("variant == 'default'")
-    rows = rows.assign(method=[figures.method_name(name, "default") for name in rows["defense"]]).set_index("method")
-    for attack, shown in zip(["badnets", "blended"], cells, strict=True):
-        measured = 100 * rows[rows["attack"] == attack][["acc", "asr"]]
-        assert sorted(methods) == sorted(measured.index)
-        for method, cell in zip(methods, shown, strict=True):
-            assert tuple(map(float, cell.split("/"))) == pytest.approx(tuple(measured.loc[method]), abs=0.0501)

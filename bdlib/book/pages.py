@@ -9,7 +9,7 @@ from bdlib.book import front, outputs, prose
 GLOSSARY = "notebooks/glossary.md"
 # Part of the table of contents -> its pages, in order: place in the project, title there ("": the page's own).
 PARTS = {
-    "Read": {f"notebooks/{name}.ipynb": "" for name in names.PAPERS},
+    "Read": {f"notebooks/{name}.ipynb": "" for name in names.PAPERS} | {"notebooks/paper_scale.md": ""},
     "Look up": {GLOSSARY: "Glossary", "figures/README.md": "Which row was measured how"},
     "Use": {
         "README.md": "About, and how to use it",
