@@ -10,6 +10,9 @@
 
 # An active virtual or conda environment is used; otherwise .venv is made here.
 ENV := $(or $(VIRTUAL_ENV),$(if $(filter-out base,$(CONDA_DEFAULT_ENV)),$(CONDA_PREFIX)),.venv)
+ifneq ($(words $(ENV)),1)
+$(error the path of the active environment must not have a space, got $(ENV): deactivate it, and .venv is made here)
+endif
 PYTHON := $(ENV)/bin/python
 INSTALLED := $(ENV)/.bdlib-installed
 

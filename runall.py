@@ -9,8 +9,8 @@ examples:
   python runall.py --seed 0 1 2 --status                  what is done, running, failed, missing, and the time left
   python runall.py --seed 0 1 2 --scheduler tcp://host:8786   on a Dask cluster that is there already (see CLUSTER.md)
 
-A finished run is skipped the next time, unless its notebook, its parameters or bdlib changed.  A killed run loses only what
-was in flight: give the same command again.
+A finished run is skipped the next time, unless its notebook, its parameters, the rows in figures/ that it reads or bdlib
+changed.  A killed run loses only what was in flight: give the same command again.
 
 Exit: 0 all well, 1 a run failed or a file could not be used, 2 the arguments are wrong, 130 Ctrl-C.
 """
@@ -72,7 +72,7 @@ def carry_out(whole: list[Run], options: argparse.Namespace) -> int:
     """Run what is not finished, then write the rows, the figures and the page of everything that is; the exit code."""
     require_writable(home() / "store")
     runs.claim(options.out, mixed=options.mix_versions)
-    waiting = to_do(whole, runs.Listing(options.out), options)
+    waiting, finished = to_do(whole, runs.Listing(options.out), options)
     try:
         ended = run_each(waiting, options)
     finally:
@@ -80,8 +80,8 @@ def carry_out(whole: list[Run], options: argparse.Namespace) -> int:
     failed = sum(not outcome.well for outcome in ended)
     if not rows.empty:
         console.print(means_table(rows))
-    counts = f"{len(ended) - failed} done now, {len(whole) - len(waiting)} finished before, {failed} failed"
-    left = len(waiting) - len(ended)
+    counts = f"{len(ended) - failed} done now, {finished} finished before, {failed} failed"
+    left = len(whole) - finished - len(ended)
     say(f"{len(whole)} runs: {counts}" + (f", {left} not started" if left else ""))
     if not rows.empty:
         say(f"rows: {escape(str(options.out / 'results.csv'))}   figures: {escape(str(options.out / 'figures'))}")
@@ -199,14 +199,14 @@ def planned(options: argparse.Namespace) -> list[Run]:
     return [] if wrong else whole
 
 
-def to_do(whole: list[Run], there: runs.Listing, options: argparse.Namespace) -> list[Run]:
-    """The runs that are to be started."""
-    known = runs.states(whole, there)
+def to_do(whole: list[Run], there: runs.Listing, options: argparse.Namespace) -> tuple[list[Run], int]:
+    """The runs that are to be started, and how many of the others are finished."""
     if options.force:
-        return whole
-    if options.only_failed:
-        return [run for run in whole if known[run.folder].word == "failed"]
-    return [run for run in whole if known[run.folder].word != "done"]
+        return whole, 0
+    known = runs.states(whole, there)
+    left = [run for run in whole if known[run.folder].word != "done"]
+    waiting = [run for run in left if known[run.folder].word == "failed"] if options.only_failed else left
+    return waiting, len(whole) - len(left)
 
 
 def all_notebooks() -> dict[str, Path]:
@@ -282,17 +282,18 @@ def say_outcome(run: Run, outcome: Outcome) -> None:
         say(f"[green]done[/]    {escape(run.name)}  {outcome.seconds:.0f} s{again}")
     else:
         say(f"[red]FAILED[/]  {escape(run.name)}  {outcome.seconds:.0f} s{again}: {escape(outcome.error)}")
-        say(f"        log: {escape(str(run.folder / 'log.txt'))}")
+        if outcome.log:
+            say(f"        log: {escape(str(run.folder.parents[1] / outcome.log))}")
 
 
 def show_plan(whole: list[Run], options: argparse.Namespace) -> None:
     """The manifest: every run that would start, with the time that runs like it took."""
     there = runs.Listing(options.out)
-    waiting, past = to_do(whole, there, options), runs.estimates(there)
+    (waiting, finished), past = to_do(whole, there, options), runs.estimates(there)
     for run in waiting:
         seconds = runs.estimate(run, past)
         print(f"would run  {run.name}" + (f"  about {clock(seconds)}" if seconds else ""))
-    print(f"{len(waiting)} runs to do, {len(whole) - len(waiting)} finished before; nothing was started")
+    print(f"{len(waiting)} runs to do, {finished} finished before; nothing was started")
     print(time_left(waiting, past, options))
 
 
@@ -357,12 +358,16 @@ def write_results(whole: list[Run], out: Path) -> pd.DataFrame:
 
 
 def means_table(rows: pd.DataFrame) -> Table:
-    heads = ("notebook", "data, attack", "budget", "defense", "ACC", "ASR", "RA", "DER", "n")
+    also = [name for name in ("arch", "poison_rate", "target_label") if rows[name].nunique() > 1]
+    named = (name.replace("_", " ") for name in also)
+    heads = ("notebook", "data, attack", *named, "budget", "defense", "ACC", "ASR", "RA", "DER", "n")
     table = Table(*heads, title="percent, means over n seeds", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for row in results.over_seeds(rows).itertuples():
         shares = (f"{100 * value:.1f}" for value in (row.acc, row.asr, row.ra, row.der))
         defense = row.defense if row.variant == "default" else f"{row.defense}, {row.variant}"
-        table.add_row(row.notebook, f"{row.dataset}, {row.attack}", str(row.budget), defense, *shares, str(row.seeds))
+        own = (str(getattr(row, name)) for name in (*also, "budget"))
+        cells = (row.notebook, f"{row.dataset}, {row.attack}", *own, defense, *shares, str(row.seeds))
+        table.add_row(*map(escape, cells))  # else a path's [old] is taken for markup
     return table
 
 

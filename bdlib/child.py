@@ -14,11 +14,13 @@ import time
 import traceback
 from pathlib import Path
 
-from bdlib import locks
+from bdlib import grid, locks
 from bdlib.files import on_disk, place, read_json, write_json
 
 # The exit status that says: the kernel died or did not start, no cell is to blame, and another try may do.
 TRY_AGAIN = 75
+# What a try leaves for people: that of an older one must not be taken for that of this one.
+SHOWN = ("executed.ipynb", "executed.html", "log.txt")
 
 
 def main() -> int:
@@ -28,6 +30,7 @@ def main() -> int:
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     try:
         if job["kind"] == "model":
+            require_planned_code(job)
             model(job["setting"])
             return 0
         return notebook(job)
@@ -43,6 +46,14 @@ def end_with(parent: int) -> None:
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(10)
     os._exit(1)
+
+
+def require_planned_code(job: dict) -> None:
+    """Raises RuntimeError if bdlib here, or what the notebook reads of figures/ here, is not that of the job's grid."""
+    if job["version"] != grid.package_hash():
+        raise RuntimeError("bdlib here is not the grid's: it was edited while the grid runs; start the grid again")
+    if job["kind"] == "notebook" and job["key"] != grid.key(job["source"], job["parameters"]):
+        raise RuntimeError("the stored rows that it reads in figures/ are not the grid's; start the grid again")
 
 
 def model(values: dict) -> None:
@@ -76,12 +87,13 @@ def notebook(job: dict) -> int:
     with locks.hold(folder / ".lock", lambda: print("another process runs this notebook: waiting for it")):
         if finished(folder, job["key"]):
             return 0
-        stale = ["done.json", "failed.json", "rows.csv", "executed.html"]
+        stale = ["done.json", "failed.json", "rows.csv", *SHOWN]
         if not has_key(folder / "begun.json", job["key"]):
             stale.append("measured.csv")  # the rows so far of other code or parameters: nothing to go on from
         for name in stale:
             (folder / name).unlink(missing_ok=True)
         write_json(folder / "begun.json", {"key": job["key"]})
+        require_planned_code(job)
         # On an object store the notebook writes to the working folder, which is copied up when it ends.
         out = folder if on_disk(folder) else work / "out"
         out.mkdir(parents=True, exist_ok=True)

@@ -164,9 +164,13 @@ def code(notebook: object) -> str:
 
 
 def protect(home: Path) -> None:
-    """Take everybody's right to write from the models in this home; the folders stay their owner's, who can remove them."""
+    """Take everybody's right to write from the models in this home; the folders stay their owner's, who can remove them.
+
+    So do the locks, as he needs them to make a damaged model anew.
+    """
     for path in (home / "store").glob("*"):
-        path.chmod(0o444)
+        if path.suffix != ".lock":
+            path.chmod(0o444)
     for folder in (home, home / "store"):
         folder.chmod(0o755)
 

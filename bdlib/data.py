@@ -1,5 +1,6 @@
 """Datasets by name, as uint8 tensors that fit on the device, and the defender's clean subset of them."""
 
+import errno
 import functools
 import hashlib
 import logging
@@ -213,7 +214,7 @@ def _drawn(root: Path) -> dict[str, np.ndarray]:
     path = root / f"signs-{hashlib.sha256(code).hexdigest()[:12]}.npz"
     try:
         return read_npz(path)
-    except (FileNotFoundError, ValueError):
+    except (OSError, ValueError):
         arrays = SOURCES["signs"].fetch()
     with suppress(OSError):  # a data folder that cannot be written: drawn each time
         write_atomic(path, lambda file: np.savez(file, **arrays))
@@ -263,13 +264,16 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     """Arrays x_train, y_train, x_test, y_test (images uint8 N x H x W x C, C = 1 or 3) and classes of a dataset file.
 
     A split may lack a class: accuracy is a mean over images, and `clean_subset` says what it misses.
-    Raises ValueError if the file is damaged or not of this form, or has a label that is no class.
+    Raises ValueError if the file is damaged or not of this form, or has a label that is no class; OSError if it cannot be read.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {key: file[key] for key in _ARRAYS}
     # What numpy, zipfile and zlib raise depends on where the damage is.
     except (OSError, ValueError, KeyError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        # A good file may be out of reach.  The one system error that damage makes is EINVAL: an offset before the file's start.
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise ValueError(
             f"{path} is damaged or no dataset ({error}): delete it, and the next run makes it anew"
         ) from error

@@ -53,11 +53,14 @@ class Setting:
         return poison.Attack(name=self.attack, target_label=self.target_label, poison_rate=self.poison_rate)
 
     def require_fits(self, train_split: Dataset) -> None:
-        """Raises ValueError if the budget or the attack does not fit this training split."""
+        """Raises ValueError if the budget, the attack or the network does not fit this training split."""
         count = self.images(train_split)
         if self.notebook not in profiles.BUDGET_IS_TRAINING_SET:
             data.require_even(train_split, count)
         poison.eligible(train_split, self.threat)
+        models.require_size(self.arch, train_split.images.shape[1:])
+        if not self.threat.kind.build:  # others have their triggers only once those are learned
+            poison.triggered_test(train_split.subset(slice(1)), self.threat)
 
     def images(self, train_split: Dataset) -> int:
         """The budget as a number of images of this training split.  Raises ValueError if it does not fit."""
@@ -84,7 +87,6 @@ class Lab:
     model: nn.Module  # the backdoored model, in eval()
     before: dict[str, float]  # its acc, asr, ra, ...
     clean: Dataset  # the defender's images; none where the budget is training images
-    clean_indices: torch.Tensor  # their positions in the training split
     device: torch.device
 
     def clean_subset(self, budget: int | str, *, balanced: bool = True) -> Dataset:
@@ -174,7 +176,7 @@ def prepare(setting: Setting, device: torch.device | str) -> Lab:
     triggered = poison.Triggered(triggered.test.to(device), triggered.wanted.to(device))
     before = metrics.evaluate(model, test, triggered.test, triggered.wanted)
     clean = train_split.subset(clean_indices)
-    return Lab(setting, train_split, test, poisoned, triggered, stamps, model, before, clean, clean_indices, device)
+    return Lab(setting, train_split, test, poisoned, triggered, stamps, model, before, clean, device)
 
 
 def require_planted(before: dict[str, float]) -> None:
@@ -236,7 +238,7 @@ def arm(setting: Setting, train_split: Dataset, device: torch.device | str) -> t
             kind.fit(module, attacker)
             return module
 
-        module.load_state_dict(store.fetch(home() / "store", fields, make).weights)
+        module.load_state_dict(store.fetch(home() / "store", fields, make))
     module.eval().requires_grad_(False)
     return kind.stamps(module), module.classifier if kind.trains_model else None
 
@@ -265,9 +267,9 @@ def trained_model(setting: Setting, split: Dataset, attack: str, device: torch.d
         print(f"trained {what}: {seconds[0]:.0f} s")
         return model
 
-    artifact = store.fetch(home() / "store", fields, make)
+    weights = store.fetch(home() / "store", fields, make)
     model = fresh_model(setting, split, device, setting.generator("init"))
-    model.load_state_dict(artifact.weights)
+    model.load_state_dict(weights)
     return model.eval().requires_grad_(False)
 
 

@@ -2,7 +2,10 @@
 
 import base64
 import io
+from collections.abc import Sequence
+from itertools import cycle
 from pathlib import Path
+from textwrap import wrap
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -58,13 +61,16 @@ def labels(rows: pd.DataFrame) -> list[str]:
     ]
 
 
-def image_strip(images: torch.Tensor, ax: Axes, title: str = "") -> Axes:
-    """Images, float (N, C, H, W) in [0, 1], side by side with a white gap."""
+def image_strip(images: torch.Tensor, ax: Axes, title: str = "", names: Sequence[str] = ()) -> Axes:
+    """Images, float (N, C, H, W) in [0, 1], side by side with a white gap; over each its name, in two lines at most."""
     padded = torch.nn.functional.pad(images.detach().cpu().float().clamp(0, 1), (1, 1, 1, 1), value=1.0)
     strip = torch.cat(list(padded), dim=2).permute(1, 2, 0).numpy()
     ax.imshow(strip.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    for k, name in enumerate(names):
+        lines = wrap(name, 14, max_lines=2, placeholder=" …")
+        ax.text((k + 0.5) * padded.shape[3], -1, "\n".join(lines), ha="center", va="bottom", fontsize=7)
     ax.set_axis_off()
-    ax.set_title(title, loc="left", fontsize=10)
+    ax.set_title(title, loc="left", fontsize=10, pad=24 if names else None)
     return ax
 
 
@@ -168,14 +174,14 @@ def acc_and_asr(rows: pd.DataFrame, label: str, ax: Axes) -> Axes:
 
 
 def heatmap(
-    table: pd.DataFrame, starred: pd.DataFrame, ax: Axes, title: str, *, good_is_high: bool, low: int = 0
+    table: pd.DataFrame, marked: pd.DataFrame, ax: Axes, title: str, *, good_is_high: bool, low: int = 0
 ) -> Axes:
     """Percent in each cell of a table of fractions (rows: methods, columns: attacks); darker is worse, a dash where it is not known.
 
-    starred: True for the cells whose number gets a star, of the same form; low: percent at which the colors start.
+    marked: True for the cells whose number gets a dagger, of the same form; low: percent at which the colors start.
     """
     percent = 100 * table
-    texts = percent.map("{:.0f}".format) + starred.replace({True: "*", False: ""})
+    texts = percent.map("{:.0f}".format) + marked.replace({True: "†", False: ""})
     sns.heatmap(
         percent, ax=ax, annot=texts, fmt="", vmin=low, vmax=100, cbar=False, linewidths=0.5, annot_kws={"fontsize": 8},
         cmap="rocket" if good_is_high else "rocket_r",
@@ -229,15 +235,33 @@ def costs(rows: pd.DataFrame, ax: Axes, x: str, xlabel: str, scale: str) -> Axes
     return ax
 
 
-def draws(rows: pd.DataFrame, order: list[str], ax: Axes) -> Axes:
-    """ASR of every run in percent, a line for each `method`, side by side in it a color for each `draw`, in this order."""
+def draws(rows: pd.DataFrame, methods: Sequence[str], order: list[str], ax: Axes) -> Axes:
+    """ASR of every run in percent, a line for each `method`, side by side in it a color for each `draw`, in these orders."""
     rows = rows.assign(asr=100 * rows["asr"])
     sns.stripplot(
-        rows, x="asr", y="method", hue="draw", hue_order=order, palette=[_PALETTE[k] for k in (0, 3, 2, 4)][: len(order)],
-        dodge=True, jitter=False, size=5, alpha=0.7, ax=ax,
+        rows, x="asr", y="method", order=methods, hue="draw", hue_order=order,
+        palette=[_PALETTE[k] for k in (0, 3, 2, 4)][: len(order)], dodge=True, jitter=False, size=4, alpha=0.7, ax=ax,
     )  # fmt: skip
     ax.set(xlim=(-4, 104), xlabel=METRICS["asr"], ylabel="")
+    ax.tick_params(axis="y", labelsize=8)
     ax.grid(axis="y", linewidth=0.3)
+    return ax
+
+
+def printed_against_ours(ledger: pd.DataFrame, verdicts: list[str], near: float, ax: Axes) -> Axes:
+    """ASR that a defense leaves, a point for each line of the ledger with one of these verdicts: printed (x) and ours (y), percent.
+
+    ledger: as `results.ledger` gives it.  near: points within which ASR counts as equal, the gray band.
+    """
+    ax.fill_between(
+        (0, 100), (-near, 100 - near), (near, 100 + near), color=COLORS["no defense"], alpha=0.25, linewidth=0
+    )
+    sns.scatterplot(
+        ledger[ledger["verdict"].isin(verdicts)], x="ASR, printed", y="ASR, ours", hue="verdict", hue_order=verdicts,
+        style="verdict", style_order=verdicts, palette=[_PALETTE[k] for k in (2, 0, 1, 3)], alpha=0.75, s=36, ax=ax,
+    )  # fmt: skip
+    ax.set(xlabel="ASR left, printed (%)", ylabel="ASR left, ours (%)", xlim=(-3, 103), ylim=(-3, 103), aspect="equal")
+    ax.legend(title=None, fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     return ax
 
 
@@ -320,9 +344,9 @@ def pruning_curve(rows: pd.DataFrame, value: str, ax: Axes) -> Axes:
 
     rows: with the columns order and channels.
     """
-    rows = rows.assign(percent=100 * rows[value])
+    rows = rows.assign(percent=100 * rows[value], order=rows["order"].replace(NORM_NAMES))
     common = {"x": "channels", "y": "percent", "hue": "order", "palette": "colorblind", "ax": ax}
-    sns.lineplot(rows, errorbar=None, **common)
+    sns.lineplot(rows, errorbar=None, style="order", **common)  # orders may prune the same channels
     sns.scatterplot(rows, alpha=0.5, s=12, legend=False, **common)
     ax.set(xlabel="channels pruned", ylabel=METRICS[value], ylim=(-4, 104))
     ax.legend(title=None, fontsize=8)
@@ -369,9 +393,9 @@ def threshold_sweep(table: pd.DataFrame, chosen: float, oracle: float, ax: Axes)
 
 
 def ranked(table: pd.DataFrame, values: list[str], ax: Axes, xlabel: str, ylabel: str) -> Axes:
-    """The columns `values` as lines over the row's rank."""
-    for name, color in zip(values, _PALETTE, strict=False):
-        ax.plot(range(1, len(table) + 1), table[name], label=name, color=color, linewidth=1.4)
+    """The columns `values` as lines over the row's rank; every second is dashed, as lines may lie on each other."""
+    for name, color, style in zip(values, _PALETTE, cycle(("-", "--")), strict=False):
+        ax.plot(range(1, len(table) + 1), table[name], style, label=name, color=color, linewidth=1.4)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend(fontsize=8)
     return ax

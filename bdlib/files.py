@@ -1,6 +1,7 @@
 """Files and folders on a disk or an object store; a file is written whole or not at all."""
 
 import errno
+import hashlib
 import io
 import json
 import os
@@ -9,6 +10,8 @@ import secrets
 from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
+
+LONGEST = 233  # bytes of a name: file systems take 255, of which a suffix of 4 and `write_atomic` need 22
 
 
 def place(where: str | Path) -> Path:
@@ -38,8 +41,16 @@ def require_reachable(path: Path) -> None:
 
 
 def file_name(text: str) -> str:
-    """The text as a name of a file: whatever a path or a URL might not take becomes a hyphen."""
-    return re.sub(r"[^\w.-]+", "-", text)
+    """The text as a name of a file: whatever a path or a URL might not take becomes a hyphen.
+
+    One that is too long for a file system is cut, and a hash of all of it put behind, so that names stay apart.
+    """
+    name = re.sub(r"[^\w.-]+", "-", text)
+    whole = name.encode()
+    if len(whole) <= LONGEST:
+        return name
+    ending = f"-{hashlib.sha256(whole).hexdigest()[:8]}"
+    return whole[: LONGEST - len(ending)].decode(errors="ignore") + ending
 
 
 def on_disk(path: Path) -> bool:

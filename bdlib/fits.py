@@ -20,7 +20,7 @@ def _complaint(values: dict) -> str | None:
         setting = experiment.Setting(**values)
         if _at_hand(setting.dataset):
             setting.require_fits(_training_split(setting.profile, setting.dataset))
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         return str(error)
     return None
 

@@ -5,19 +5,23 @@ One run = one notebook with one set of parameters.  `checks` says whether all ma
 """
 
 import ast
+import csv
 import functools
 import hashlib
 import itertools
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 from bdlib import profiles
 from bdlib.files import file_name
+from bdlib.places import project_root
 
 # The axes of the grid, each a parameter of every notebook; any other parameter is set with --set.
 AXES = ("dataset", "arch", "attack", "budget", "poison_rate", "target_label", "seed")
+COSTS = ("seconds", "peak_memory_mb")  # columns of rows that differ from one time to the next
 # What decides which backdoored model a run works on.
 MODEL = ("profile", "dataset", "arch", "attack", "poison_rate", "target_label", "seed")
 
@@ -29,11 +33,16 @@ class Run:
     notebook: Path
     parameters: dict[str, object]
     folder: Path
+    varied: tuple[str, ...] = ()  # of arch, poison_rate and target_label those with several values in the grid
 
     @property
     def name(self) -> str:
         p = self.parameters
-        return f"{self.notebook.stem} {p['dataset']} {p['attack']} budget={p['budget']} seed={p['seed']}"
+        return f"{self.notebook.stem} {p['dataset']} {p['attack']} {self.words('budget', 'seed')}"
+
+    def words(self, *names: str) -> str:
+        """These parameters and the varied ones, for people."""
+        return " ".join(f"{name}={self.parameters[name]}" for name in (*names, *self.varied))
 
     @property
     def place(self) -> str:
@@ -42,10 +51,8 @@ class Run:
 
     @property
     def key(self) -> str:
-        """Hash of the notebook's code, its parameters and bdlib's code: a finished run with this key need not run again."""
-        parameters = {name: value for name, value in self.parameters.items() if name != "out"}
-        parts = {"cells": source(self.notebook)[1], "parameters": parameters, "bdlib": package_hash()}
-        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+        """`key` of the notebook as it is now: a finished run with this key need not run again."""
+        return key(source(self.notebook), self.parameters)
 
     @property
     def model(self) -> tuple:
@@ -59,8 +66,16 @@ class Run:
         return {"notebook": self.notebook.stem} | {name: self.parameters[name] for name in ("profile", *AXES)}
 
 
-def source(notebook: Path) -> tuple[str, str]:
-    """The notebook without outputs and graded exercises, as JSON text, and a hash of its code cells.
+def key(source: str, parameters: dict[str, object]) -> str:
+    """Hash of what decides a run's rows: the notebook's code, its parameters, the stored rows that it names, bdlib's code."""
+    cells, words = _code(source)
+    shown = {name: value for name, value in parameters.items() if name != "out"}
+    parts = {"cells": cells, "parameters": shown, "stored": _stored(words), "bdlib": package_hash()}
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def source(notebook: Path) -> str:
+    """The notebook without outputs and graded exercises, as JSON text.
 
     A batch is after the paper's numbers: exercises would cost each of its runs a minute, and their tests hold for the defaults.
     """
@@ -68,14 +83,36 @@ def source(notebook: Path) -> tuple[str, str]:
 
 
 @functools.lru_cache(maxsize=64)
-def _source(notebook: Path, _changed: int) -> tuple[str, str]:
+def _source(notebook: Path, _changed: int) -> str:
     whole = json.loads(notebook.read_text(encoding="utf-8"))
     whole["cells"] = [cell for cell in whole["cells"] if "nbgrader" not in cell["metadata"]]
     for cell in whole["cells"]:
         if cell["cell_type"] == "code":
             cell |= {"outputs": [], "execution_count": None}
-    code = ["".join(cell["source"]) for cell in whole["cells"] if cell["cell_type"] == "code"]
-    return json.dumps(whole), hashlib.sha256(json.dumps(code).encode()).hexdigest()
+    return json.dumps(whole)
+
+
+@functools.lru_cache(maxsize=64)
+def _code(source: str) -> tuple[str, frozenset[str]]:
+    """A hash of the notebook's code cells, and the words in quotes there, without ".csv" behind them."""
+    code = ["".join(cell["source"]) for cell in json.loads(source)["cells"] if cell["cell_type"] == "code"]
+    words = re.findall(r"""["'](\w+)(?:\.csv)?["']""", "\n".join(code))
+    return hashlib.sha256(json.dumps(code).encode()).hexdigest(), frozenset(words)
+
+
+def _stored(words: frozenset[str]) -> dict[str, str]:
+    """A hash of each of the tables in figures/, here, that one of the words names."""
+    tables = {path.stem: path for path in (project_root() / "figures").glob("*.csv")}
+    return {name: _digest(tables[name], tables[name].stat().st_mtime_ns) for name in sorted(words & tables.keys())}
+
+
+@functools.lru_cache(maxsize=64)
+def _digest(table: Path, _changed: int) -> str:
+    """A hash of the table without the columns in COSTS: a run that gives the same rows again makes nothing stale."""
+    with table.open(encoding="utf-8", newline="") as file:
+        head, *rows = csv.reader(file)
+    kept = [k for k, name in enumerate(head) if name not in COSTS]
+    return hashlib.sha256(json.dumps([[row[k] for k in kept] for row in [head, *rows]]).encode()).hexdigest()
 
 
 @functools.cache
@@ -100,6 +137,7 @@ def plan(
         raise ValueError(f"--set is for parameters that have no option of their own, got {', '.join(owned)}")
     if twice:
         raise ValueError(f"given twice for the same run: {', '.join(twice)}")
+    varied = tuple(name for name in ("arch", "poison_rate", "target_label") if len(axes.get(name) or ()) > 1)
     runs = []
     for notebook in notebooks:
         known = notebook_parameters(notebook)
@@ -110,7 +148,7 @@ def plan(
             chosen = {name: values for name, values in axes.items() if values and name != "dataset"}
             for values in itertools.product(*chosen.values()):
                 parameters = base | dict(zip(chosen, values, strict=True)) | extra
-                runs.append(_run(notebook, parameters, out))
+                runs.append(_run(notebook, parameters, out, varied))
     return runs
 
 
@@ -119,14 +157,13 @@ def repeated(values: list) -> list:
     return sorted({value for value in values if values.count(value) > 1}, key=str)
 
 
-def _run(notebook: Path, parameters: dict[str, object], out: Path) -> Run:
-    shown = {name: value for name, value in parameters.items() if name != "out"}
-    short = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:6]
-    words = [parameters[name] for name in ("dataset", "attack", "budget", "seed")]
-    label = file_name("_".join(str(word) for word in words))[:60]
-    folder = out / notebook.stem / f"{label}_{short}"
-    whole = {name: _absolute(value) for name, value in parameters.items()} | {"out": str(folder)}
-    return Run(notebook, whole, folder)
+def _run(notebook: Path, parameters: dict[str, object], out: Path, varied: tuple[str, ...]) -> Run:
+    shown = {name: _absolute(value) for name, value in parameters.items() if name != "out"}
+    short = hashlib.sha256(json.dumps(shown, sort_keys=True).encode()).hexdigest()[:12]
+    # The end of a long path tells more than its beginning.
+    words = [file_name(str(shown[name])[-24:]).lstrip("-.") for name in ("dataset", "attack", "budget", "seed")]
+    folder = out / notebook.stem / "_".join([*words, short])
+    return Run(notebook, shown | {"out": str(folder)}, folder, varied)
 
 
 def _absolute(value: object) -> object:

@@ -48,7 +48,7 @@ class Job:
     setting: dict | None = None  # of a model
     parameters: dict | None = None  # of a notebook
     folder: str = ""  # where the log goes, and a notebook's results
-    key: str = ""  # of a notebook: `grid.Run.key`
+    key: str = ""  # of a notebook: `grid.key`
     places: dict = field(default_factory=told_places)  # of store and datasets, where runall.py was told
 
 
@@ -60,17 +60,20 @@ class Outcome:
     seconds: float = 0.0
     error: str = ""
     tries: int = 1
+    log: str = ""  # where its log is, below the output folder; "" if it has none
+    traceback: str = ""  # the end of a failed job's log
 
 
-def notebook(run: grid.Run, batch: str, threads: int | None, timeout: float | None) -> Job:
-    parameters = {"parameters": run.parameters, "folder": str(run.folder), "key": run.key}
-    return Job("notebook", run.name, batch, grid.package_hash(), threads, timeout, **parameters)
+def notebook(run: grid.Run, source: str, batch: str, threads: int | None, timeout: float | None) -> Job:
+    """The run of this source, whose key it has whatever becomes of the notebook's file meanwhile."""
+    own = {"parameters": run.parameters, "folder": str(run.folder), "key": grid.key(source, run.parameters)}
+    return Job("notebook", run.name, batch, grid.package_hash(), threads, timeout, **own)
 
 
 def model(run: grid.Run, batch: str, threads: int | None, timeout: float | None) -> Job:
     """The backdoored model that the run works on."""
     p = run.parameters
-    name = f"model {p['dataset']} {p['attack']} seed={p['seed']}"
+    name = f"model {p['dataset']} {p['attack']} {run.words('seed')}"
     folder = run.folder.parents[1] / "models" / hashlib.sha256(repr(run.model).encode()).hexdigest()[:12]
     setting = run.values
     return Job("model", name, batch, grid.package_hash(), threads, timeout, setting=setting, folder=str(folder))
@@ -82,19 +85,30 @@ def do(job: Job, source: str | None, model: Outcome | None, tell: Tell) -> Outco
     source: the notebook without outputs, as JSON; model: how the making of the run's model ended.
     """
     if model is not None and not model.well:
-        return failed(job, Outcome(False, 0.0, f"its model could not be made: {model.error}"), "")
+        unshow(job)
+        error = f"its model could not be made: {model.error}"
+        return failed(job, Outcome(False, error=error, log=model.log, traceback=model.traceback))
     if job.version != grid.package_hash():
         return Outcome(False, 0.0, f"{where()} has another version of bdlib than runall.py")
-    outcome, log, again = once(job, source, tell)
+    outcome, again = once(job, source, tell)
     if again:
-        outcome, log, _ = once(job, source, tell)
+        outcome, _ = once(job, source, tell)
         outcome = replace(outcome, tries=2)
-    return outcome if outcome.well or job.batch in stopped else failed(job, outcome, log)
+    return outcome if outcome.well or job.batch in stopped else failed(job, outcome)
 
 
-def failed(job: Job, outcome: Outcome, log: str) -> Outcome:
+def unshow(job: Job) -> None:
+    """Remove what an older try of the job's run left for people, unless the run is finished: this try has none of it."""
+    folder = place(job.folder)
+    with suppress(OSError):
+        if not child.finished(folder, job.key):
+            for name in child.SHOWN:
+                (folder / name).unlink(missing_ok=True)
+
+
+def failed(job: Job, outcome: Outcome) -> Outcome:
     """The outcome, noted in the job's folder; where even that cannot be written, said in the outcome."""
-    note = {"key": job.key, "seconds": outcome.seconds, "error": outcome.error, "traceback": log[-6000:]}
+    note = {name: getattr(outcome, name) for name in ("seconds", "error", "traceback", "log")} | {"key": job.key}
     try:
         write_json(place(job.folder) / "failed.json", note)
     except OSError as error:
@@ -102,8 +116,8 @@ def failed(job: Job, outcome: Outcome, log: str) -> Outcome:
     return outcome
 
 
-def once(job: Job, source: str | None, tell: Tell) -> tuple[Outcome, str, bool]:
-    """One try: its outcome, its log, and whether another one makes sense."""
+def once(job: Job, source: str | None, tell: Tell) -> tuple[Outcome, bool]:
+    """One try: its outcome, and whether another one makes sense."""
     start = time.perf_counter()
     work = Path(tempfile.mkdtemp(prefix="bdlib-"))
     try:
@@ -122,14 +136,27 @@ def once(job: Job, source: str | None, tell: Tell) -> tuple[Outcome, str, bool]:
             process.stdin.write(json.dumps(message).encode())
         ended = watch(process, job, log, tell, start)
         text = plain(log.read_text(encoding="utf-8", errors="replace"))
-        write_atomic(place(job.folder) / "log.txt", lambda file: file.write(text.encode()))
+        kept = keep(text, place(job.folder) / "log.txt")
     finally:
         shutil.rmtree(work, ignore_errors=True)
     seconds = time.perf_counter() - start
     if process.returncode == 0 and not ended:
-        return Outcome(True, seconds), text, False
+        return Outcome(True, seconds, log=kept), False
     again = not ended and (process.returncode == child.TRY_AGAIN or process.returncode < 0 or process.returncode > 128)
-    return Outcome(False, seconds, ended or last_error(text, process.returncode)), text, again
+    error = ended or last_error(text, process.returncode)
+    return Outcome(False, seconds, error, log=kept, traceback=text[-6000:]), again
+
+
+def keep(text: str, log: Path) -> str:
+    """Write the log; where it is, below the output folder.
+
+    "" if it cannot be written: the job ended as it did all the same.
+    """
+    try:
+        write_atomic(log, lambda file: file.write(text.encode()))
+    except OSError:
+        return ""
+    return "/".join(log.parts[-3:])
 
 
 def watch(process: subprocess.Popen, job: Job, log: Path, tell: Tell, start: float) -> str:

@@ -1,5 +1,6 @@
 """Locks that processes agree on: on one machine, over a shared folder, or over an object store."""
 
+import logging
 import secrets
 import threading
 import time
@@ -9,6 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from bdlib.files import on_disk
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -46,6 +49,20 @@ def held(path: Path) -> bool:
             return False
     except Timeout:
         return True
+    except PermissionError:
+        return _held_by_another(path)
+
+
+def _held_by_another(path: Path) -> bool:
+    """Whether somebody holds this lock, which somebody else made: it can be read, not written."""
+    import fcntl  # Windows has none
+
+    with path.open("rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # NFS wants a writable file for LOCK_EX
+        except BlockingIOError:
+            return True
+    return False
 
 
 class Lease:
@@ -111,4 +128,7 @@ class Lease:
         count = 0
         while not self.ended.wait(self.beat):
             count += 1
-            self.path.write_bytes(f"{self.owner} {count}".encode())
+            try:
+                self.path.write_bytes(f"{self.owner} {count}".encode())
+            except Exception as error:  # each driver raises kinds of its own; the next beat may get through
+                log.warning("the lock %s could not be refreshed: %s", self.path, error)

@@ -288,6 +288,14 @@ def parse(arch: str) -> tuple[str, int]:
     return name, int(width) if colon else ARCHS[name][1]
 
 
+def require_size(arch: str, shape: torch.Size) -> None:
+    """Raises ValueError if images of this shape, (C, H, W), are too small for the network."""
+    name, _ = parse(arch)
+    smallest = SMALLEST.get(name, 1)
+    if min(shape[1:]) < smallest:
+        raise ValueError(f"{name} needs images of at least {smallest} x {smallest} pixels, got {tuple(shape[1:])}")
+
+
 def build(arch: str, images: torch.Tensor, classes: int, *, generator: torch.Generator) -> Classifier:
     """A fresh network for images like these: uint8 (N, C, H, W), the training split, whose mean and deviation it normalizes by.
 
@@ -296,9 +304,8 @@ def build(arch: str, images: torch.Tensor, classes: int, *, generator: torch.Gen
     Raises ValueError for an unknown `arch` or images that are too small for it.
     """
     name, width = parse(arch)
-    shape, smallest = images.shape[1:], SMALLEST.get(name, 1)
-    if min(shape[1:]) < smallest:
-        raise ValueError(f"{name} needs images of at least {smallest} x {smallest} pixels, got {tuple(shape[1:])}")
+    shape = images.shape[1:]
+    require_size(arch, shape)
     mean, std = channel_statistics(images)
     with seeded(generator):
         features, pool, length = ARCHS[name][0](shape, width)

@@ -2,6 +2,7 @@
 
 import platform
 from collections.abc import Collection
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -80,8 +81,7 @@ def of_notebook(folder: Path) -> bool:
 
 def line(run: Run, state: State) -> dict[str, object]:
     """What the page says of a run."""
-    shown = {"word": state.word, "seconds": state.seconds, "error": state.error, "traceback": state.traceback}
-    return {"name": run.name, "folder": run.place, "ended": state.word in ("done", "failed"), **shown}
+    return {"name": run.name, "folder": run.place} | asdict(state)
 
 
 def made_of(rows: pd.DataFrame) -> str:

@@ -1,6 +1,7 @@
 """Figures drawn from rows: those of a batch (runall.py), and the committed ones (`python -m bdlib.report RUNS OUT`)."""
 
 import argparse
+import math
 import shutil
 from collections.abc import Callable
 from functools import partial
@@ -159,10 +160,12 @@ def planted_figure(rows: pd.DataFrame) -> plt.Figure:
         return empty_figure()
     usual = planted["poison_rate"].mode()[0]
     rates = ["" if rate == usual else f" ({rate:.0%})" for rate in planted["poison_rate"]]
-    planted = planted.assign(attack=planted["attack"] + rates).sort_values("asr", ascending=False, kind="stable")
+    bytes_ = planted["dataset_sha256"].map(results.BYTES)
+    dataset = planted["dataset"].where(bytes_.isna(), planted["dataset"] + " (" + bytes_ + ")")
+    planted = planted.assign(attack=planted["attack"] + rates, dataset=dataset)
     title = setting_title(planted, f"{planted['attack'].nunique()} attacks")
-    figure = lines_figure(planted, "attack")
-    figure.axes[0].set_title(f"{title} · poison rate {usual:.0%}", fontsize=9)
+    figure = lines_figure(planted.sort_values("asr", ascending=False, kind="stable"), "attack")
+    figure.axes[0].set_title(f"{title}\npoison rate {usual:.0%} where not marked", fontsize=9)
     return figure
 
 
@@ -188,7 +191,7 @@ def at_usual_budget(rows: pd.DataFrame) -> pd.DataFrame:
 def heatmap_figure(rows: pd.DataFrame) -> plt.Figure:
     """ACC, ASR and DER of each method (row) under each attack (column), means over the seeds, at the most common budget.
 
-    A star is where the method gave up in some run, so that the network stayed as it was; a dash where it was not run.
+    A dagger is where the method gave up in some run, so that the network stayed as it was; a dash where it was not run.
     """
     rows = at_usual_budget(all_five(rows))
     if rows.empty:
@@ -202,12 +205,16 @@ def heatmap_figure(rows: pd.DataFrame) -> plt.Figure:
     size = (max(6.5, 2.4 + 0.37 * sum(widths)), 1.6 + 0.24 * len(methods))
     figure, axes = plt.subplots(1, 3, figsize=size, width_ratios=widths, layout="constrained", sharey=True)
     for (value, columns), ax in zip(shown.items(), axes, strict=True):
-        table, starred = (cells[name].reindex(index=methods, columns=columns) for name in (value, "gave_up"))
+        table, marked = (cells[name].reindex(index=methods, columns=columns) for name in (value, "gave_up"))
         figures.heatmap(
-            table, starred > 0, ax, value.upper(), good_is_high=value != "asr", low=50 if value == "der" else 0
+            table, marked > 0, ax, value.upper(), good_is_high=value != "asr", low=50 if value == "der" else 0
         )
     figure.suptitle(setting_title(rows, f"{rows['budget'].mode()[0]} clean images"), fontsize=10)
-    figure.supxlabel("* the method gave up in a run: the network stays as it was    – not run", fontsize=8)
+    notes = {
+        "† the method gave up in a run: the network stays as it was": (cells["gave_up"] > 0).any(axis=None),
+        "– not run": cells["acc"].isna().any(axis=None),
+    }
+    figure.supxlabel("    ".join(note for note, needed in notes.items() if needed), fontsize=8)
     return figure
 
 
@@ -242,20 +249,33 @@ def common_runs(sets: dict[str, pd.DataFrame]) -> pd.DataFrame:
     return rows[in_sets > 1]
 
 
-def draws_figure(runs: pd.DataFrame) -> plt.Figure:
+def draws_figure(runs: pd.DataFrame, columns: int = 3) -> plt.Figure:
     """ASR of every run, a panel for each attack and a color for each `draw`: how much of a mean over seeds is chance."""
     if runs.empty:
         return empty_figure()
     attacks, order = runs["attack"].unique(), list(runs["draw"].unique())
-    size = (1.5 + 2.6 * len(attacks), 1.1 + 0.28 * runs["method"].nunique())
-    figure, axes = plt.subplots(1, len(attacks), figsize=size, layout="constrained", sharey=True, squeeze=False)
-    for attack, ax in zip(attacks, axes[0], strict=True):
-        figures.draws(runs[runs["attack"] == attack], order, ax)
+    lines = math.ceil(len(attacks) / columns)
+    size = (1.6 + 2.1 * min(columns, len(attacks)), 0.7 + lines * (0.4 + 0.19 * runs["method"].nunique()))
+    figure, axes = plt.subplots(
+        lines, min(columns, len(attacks)), figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
+    )
+    methods = runs["method"].unique()
+    for attack, ax in zip(attacks, axes.flat, strict=False):
+        figures.draws(runs[runs["attack"] == attack], methods, order, ax)
         ax.set_title(attack, fontsize=10)
         if ax is not axes[0, -1]:
             ax.get_legend().remove()
+    for ax in axes.flat[len(attacks) :]:
+        ax.set_axis_off()
     sns.move_legend(axes[0, -1], "upper left", bbox_to_anchor=(1, 1), title=None, frameon=False)
     figure.suptitle(setting_title(runs, f"{runs['budget'].iloc[0]} clean images"), fontsize=10)
+    return figure
+
+
+def ledger_figure(ledger: pd.DataFrame) -> plt.Figure:
+    """What defenses leave of the attack, printed against ours: a point for each judged line of the ledger."""
+    figure, ax = plt.subplots(figsize=(6.4, 4.6), layout="constrained")
+    figures.printed_against_ours(ledger, results.JUDGED, results.NEAR[0], ax)
     return figure
 
 

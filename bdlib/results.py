@@ -142,6 +142,7 @@ def published() -> pd.DataFrame:
 PRINTED_AS = {"blended_picture": "blended"}
 # Of the ledger: the four that judge, the best first, then why a pair of numbers is not judged.
 JUDGED = ["reproduced", "ASR only", "ACC only", "neither"]
+NEAR = (5.0, 3.0)  # points within which ASR, and the drop of ACC, count as equal (ours)
 VERDICTS = [*JUDGED, "gave up", "not planted", "other poison rate", "not available"]
 # What the bytes of `dataset_sha256` are, where they are not the whole dataset as it is published.
 BYTES = {
@@ -198,10 +199,10 @@ def _our_line(row: dict) -> dict:
     }
 
 
-def ledger(rows: pd.DataFrame, near: tuple[float, float] = (5.0, 3.0), planted_within: float = 20.0) -> pd.DataFrame:
+def ledger(rows: pd.DataFrame, near: tuple[float, float] = NEAR, planted_within: float = 20.0) -> pd.DataFrame:
     """Every printed number of a defense that is in the rows beside ours: difference, what differs in the protocol, verdict.
 
-    near: points within which ASR, and the drop of ACC, count as equal (ours).  ACC is compared by its drop, because the networks
+    near: points within which ASR, and the drop of ACC, count as equal.  ACC is compared by its drop, because the networks
     differ.  verdict: "reproduced" if both are near, "ASR only" or "ACC only" if one is (a method that does nothing is near in ACC),
     "neither" if none is.  Not judged: "gave up" where the method left all our networks as they were; "not planted" where our ASR
     before is more than `planted_within` points below the printed one, as a backdoor that is not there cannot be erased; "other

@@ -22,12 +22,13 @@ WORDS = ("done", "running", "failed", "missing")
 
 @dataclass(frozen=True)
 class State:
-    """One of WORDS; the seconds that a finished run took; what went wrong with a failed one."""
+    """One of WORDS; the seconds that a finished run took; what went wrong with a failed one; where its log is, below OUT."""
 
     word: str
     seconds: float = 0.0
     error: str = ""
     traceback: str = ""
+    log: str = ""
 
 
 def states(runs: Iterable[Run], there: "Listing") -> dict[Path, State]:
@@ -38,12 +39,13 @@ def states(runs: Iterable[Run], there: "Listing") -> dict[Path, State]:
 def _state(run: Run, there: "Listing") -> State:
     place = run.place
     if f"{place}/rows.csv" in there.paths and _of_this_run(run, there.done.get(place)):
-        return State("done", there.done[place]["seconds"])
+        log = f"{place}/log.txt"
+        return State("done", there.done[place]["seconds"], log=log if log in there.paths else "")
     if f"{place}/.lock" in there.paths and locks.held(run.folder / ".lock"):
         return State("running")
     if _of_this_run(run, there.failed.get(place)):
         note = there.failed[place]
-        return State("failed", note["seconds"], note["error"], note["traceback"])
+        return State("failed", note["seconds"], note["error"], note["traceback"], note["log"])
     return State("missing")
 
 
@@ -54,7 +56,7 @@ def _of_this_run(run: Run, note: dict | None) -> bool:
 class Listing:
     """The files of all runs below an output folder, looked up once, so that ten thousand runs take seconds.
 
-    A run is named NOTEBOOK/FOLDER here.
+    A run is named NOTEBOOK/FOLDER here, with more before it if its grid lies deeper.
     """
 
     def __init__(self, out: Path) -> None:
@@ -64,7 +66,7 @@ class Listing:
         self.store, root = (fsspec.filesystem("file"), str(out)) if on_disk(out) else fsspec.core.url_to_fs(str(out))
         self.store.invalidate_cache()
         parts = ((path, path.removeprefix(root).strip("/").split("/")) for path in self.store.find(root))
-        self.paths = {"/".join(names): path for path, names in parts if len(names) == 3}
+        self.paths = {"/".join(names): path for path, names in parts if len(names) >= 3}
 
     def runs_with(self, name: str) -> list[str]:
         """The runs that have a file of this name."""
@@ -101,7 +103,7 @@ def estimates(there: Listing) -> dict[tuple, float]:
     """Median seconds of the finished runs of each (notebook, profile, dataset), and of each (notebook,)."""
     seconds: dict[tuple, list[float]] = {}
     for place, done in there.done.items():
-        notebook, parameters = place.split("/")[0], done.get("parameters", {})
+        notebook, parameters = place.split("/")[-2], done.get("parameters", {})
         for kind in ((notebook, parameters.get("profile"), parameters.get("dataset")), (notebook,)):
             seconds.setdefault(kind, []).extend([done["seconds"]] if "seconds" in done else [])
     return {kind: statistics.median(values) for kind, values in seconds.items() if values}
@@ -120,7 +122,7 @@ def rows(folders: Iterable[Path]) -> pd.DataFrame:
 
 
 def collect(out: Path) -> pd.DataFrame:
-    """The rows of every finished run below `out`, of this grid or another; written to OUT/all_rows.csv and OUT/all_rows.parquet."""
+    """The rows of every finished run below `out`, at any depth; written to OUT/all_rows.csv and OUT/all_rows.parquet."""
     there = Listing(out)
     whole = rows(out / place for place in there.runs_with("done.json") if f"{place}/rows.csv" in there.paths)
     results.save(whole, out / "all_rows.csv")

@@ -49,9 +49,10 @@ def cluster(workers: int | None, scheduler: str | None) -> Iterator:
     logging.getLogger("distributed").setLevel(logging.WARNING)
     with (
         LocalCluster(
-            n_workers=count, threads_per_worker=1, processes=False, dashboard_address=":0", memory_limit=0
+            n_workers=count, threads_per_worker=1, processes=False, dashboard_address="127.0.0.1:0", memory_limit=0
         ) as local,
-        Client(local) as client,
+        # By its address: the client of a LocalCluster calls the dashboard by the host's address, where it does not listen.
+        Client(local.scheduler_address) as client,
     ):
         yield client
 
@@ -107,14 +108,15 @@ def run_all(
     batch = secrets.token_hex(8)
     shared = {model for model, count in Counter(run.model for run in waiting).items() if count > 1}
     pending, running, made = steps(waiting, shared), {}, {}
-    source = functools.cache(lambda notebook: grid.source(notebook)[0])
+    source = functools.cache(grid.source)  # one text, and the keys of that text, for the whole grid
     number = itertools.count()
 
     def submit(kind: str, run: Run) -> None:
         if kind == "model":
             todo, inputs = job.model(run, batch, threads, timeout), (None, None)
         else:
-            todo, inputs = job.notebook(run, batch, threads, timeout), (source(run.notebook), made.get(run.model))
+            text = source(run.notebook)
+            todo, inputs = job.notebook(run, text, batch, threads, timeout), (text, made.get(run.model))
         future = client.submit(work, todo, *inputs, key=f"{todo.name} {batch}-{next(number)}")
         running[future] = kind, run, todo.name
 

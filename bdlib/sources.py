@@ -67,7 +67,8 @@ def _require_layout(root: Path) -> None:
 
 def _path_and_size(spec: str) -> tuple[Path, int]:
     path, at, size = spec.rpartition("@")
-    if not at or "/" in size:  # an @ within the path, as in /home/me@university/cats
+    # An @ within the path, as in /home/me@university/cats or cats@v2
+    if not at or "/" in size or Path(spec).expanduser().is_dir():
         path, size = spec, "32"
     if not (size.isdecimal() and int(size) >= 8):
         raise ValueError(f"folder:PATH@SIZE needs a size of at least 8 pixels, got {size!r}")

@@ -6,7 +6,6 @@ import json
 import logging
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,14 +16,7 @@ from bdlib.files import on_disk, write_atomic
 
 log = logging.getLogger(__name__)
 
-
-@dataclass(frozen=True)
-class Artifact:
-    """Weights by name, what is known about them, and whether this call made them."""
-
-    weights: dict[str, torch.Tensor]
-    about: dict
-    made: bool
+Weights = dict[str, torch.Tensor]  # by name
 
 
 def key(fields: dict) -> str:
@@ -32,7 +24,7 @@ def key(fields: dict) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()[:24]
 
 
-def fetch(folder: Path, fields: dict, make: Callable[[], nn.Module]) -> Artifact:
+def fetch(folder: Path, fields: dict, make: Callable[[], nn.Module]) -> Weights:
     """The stored state of the model that `fields` describe; `make` trains it if it is not there or does not pass its checksum.
 
     folder: on a disk or an object store.  A lock keeps two processes from making the same one.  Weights are safetensors, `about` is
@@ -51,7 +43,7 @@ def fetch(folder: Path, fields: dict, make: Callable[[], nn.Module]) -> Artifact
         return _read(folder, name) or _write(folder, name, fields, make())
 
 
-def _write(folder: Path, name: str, fields: dict, model: nn.Module) -> Artifact:
+def _write(folder: Path, name: str, fields: dict, model: nn.Module) -> Weights:
     from safetensors.torch import save
 
     weights = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
@@ -59,11 +51,11 @@ def _write(folder: Path, name: str, fields: dict, model: nn.Module) -> Artifact:
     about = {**fields, "sha256": hashlib.sha256(payload).hexdigest(), "torch": torch.__version__}
     write_atomic(folder / f"{name}.safetensors", lambda file: file.write(payload))
     write_atomic(folder / f"{name}.json", lambda file: file.write(json.dumps(about, indent=1, sort_keys=True).encode()))
-    return Artifact(weights, about, made=True)
+    return weights
 
 
-def _read(folder: Path, name: str) -> Artifact | None:
-    """The artifact, or None if it is not complete; a damaged one is named in a warning and not used."""
+def _read(folder: Path, name: str) -> Weights | None:
+    """The stored weights, or None if they are not complete; damaged ones are named in a warning and not used."""
     from safetensors.torch import load
 
     try:
@@ -76,4 +68,4 @@ def _read(folder: Path, name: str) -> Artifact | None:
     except (ValueError, KeyError, TypeError) as error:
         log.warning("%s is damaged (%s): making it anew", folder / f"{name}.safetensors", error)
         return None
-    return Artifact(load(payload), about, made=False)
+    return load(payload)

@@ -71,6 +71,27 @@ def test_files_of_the_user_are_looked_at(plan, tmp_path):
         assert checks.complaints(plan(dataset=[name], budget=[2])) == [] and len(plan.asked) == count
 
 
+@pytest.mark.parametrize(
+    ("size", "change", "said"),
+    [
+        (16, {"arch": ["vgg19_bn"]}, "vgg19_bn needs images of at least 32 x 32 pixels, got (16, 16)"),
+        (8, {"attack": ["trojan_square"]}, "a patch of (9, 9)"),
+    ],
+)
+def test_images_too_small_for_the_network_or_the_trigger_are_seen(plan, tmp_path, size, change, said):
+    name = batch.write_images(tmp_path / "images").replace("@16", f"@{size}")
+    assert checks.complaints(plan(dataset=[name], budget=[2])) == []
+    (found,) = checks.complaints(plan(dataset=[name], budget=[2], **change))
+    assert said in found
+
+
+def test_a_dataset_that_cannot_be_read_is_no_reason_to_delete_it(plan, tmp_path, monkeypatch):
+    monkeypatch.setenv("BDLIB_DATA", str(tmp_path))
+    (tmp_path / "svhn.npz").mkdir()
+    (said,) = checks.complaints(plan(dataset=["svhn"], budget=[9]))
+    assert "Is a directory" in said and "delete" not in said
+
+
 def test_a_dataset_that_appears_is_looked_at(plan, tmp_path, monkeypatch):
     monkeypatch.setenv("BDLIB_DATA", str(tmp_path))
     assert checks.complaints(plan(dataset=["svhn"], budget=[9])) == [], "it is not here: the notebook will say more"

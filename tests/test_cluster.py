@@ -8,9 +8,12 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import distributed
+import psutil
 import pytest
 
 import runall
@@ -50,7 +53,7 @@ def test_sixty_runs_over_six_models_make_each_model_once_and_first(notebooks, tm
 
     def once(todo, source, tell):
         order.append((todo.kind, todo.setting or todo.parameters))
-        return job.Outcome(True, 1.0), "", False
+        return job.Outcome(True, 1.0), False
 
     monkeypatch.setattr(job, "once", once)
     runs = sixty(notebooks, tmp_path / "out")
@@ -76,7 +79,7 @@ def test_runs_start_in_the_order_given(notebooks, tmp_path, monkeypatch, shared)
     def once(todo, source, tell):
         order.append(todo.folder)
         time.sleep(0.01)
-        return job.Outcome(True), "", False
+        return job.Outcome(True), False
 
     monkeypatch.setattr(job, "once", once)
     runs = sixty(notebooks, tmp_path / "out")[:: 1 if shared else 10]
@@ -96,7 +99,7 @@ def test_no_worker_is_idle_while_runs_wait(notebooks, tmp_path, monkeypatch, sha
     def once(todo, source, tell):
         if todo.kind == "notebook":
             three.wait()
-        return job.Outcome(True), "", False
+        return job.Outcome(True), False
 
     monkeypatch.setattr(job, "once", once)
     axes = {"budget": list(range(10, 100, 10))} if shared else {"seed": list(range(9))}
@@ -107,7 +110,7 @@ def test_no_worker_is_idle_while_runs_wait(notebooks, tmp_path, monkeypatch, sha
 def test_a_model_that_cannot_be_made_fails_its_runs_and_no_other(notebooks, tmp_path, monkeypatch):
     def once(todo, source, tell):
         broken = todo.kind == "model" and todo.setting["attack"] == "blended"
-        return job.Outcome(not broken, 1.0, "RuntimeError: no" if broken else ""), "the log", False
+        return job.Outcome(not broken, 1.0, "RuntimeError: no" if broken else ""), False
 
     monkeypatch.setattr(job, "once", once)
     runs = sixty(notebooks, tmp_path / "out")
@@ -119,9 +122,23 @@ def test_a_model_that_cannot_be_made_fails_its_runs_and_no_other(notebooks, tmp_
 
 
 def test_a_model_of_one_run_is_no_task_of_its_own(notebooks, tmp_path, monkeypatch):
-    monkeypatch.setattr(job, "once", lambda *_: (job.Outcome(True), "", False))
+    monkeypatch.setattr(job, "once", lambda *_: (job.Outcome(True), False))
     runs = planned(notebooks, tmp_path / "out", attack=["badnets"], seed=[0, 1])
     assert carry_out(runs)[2] == [0]
+
+
+def test_an_edit_while_the_grid_runs_gives_no_run_the_key_of_other_code(notebooks, tmp_path, monkeypatch):
+    ran = []
+
+    def once(todo, source, tell):
+        ran.append((todo, source))
+        batch.write_notebook(notebooks, "02_awm", "print('edited')")
+        return job.Outcome(True), False
+
+    monkeypatch.setattr(job, "once", once)
+    carry_out(planned(notebooks, tmp_path / "out", seed=[0, 1]), workers=1)
+    assert len(ran) == 2 and ran[0][1] == ran[1][1]
+    assert all(todo.key == grid.key(source, todo.parameters) for todo, source in ran)
 
 
 def test_closing_the_iterator_stops_what_runs(notebooks, tmp_path, monkeypatch):
@@ -132,7 +149,7 @@ def test_closing_the_iterator_stops_what_runs(notebooks, tmp_path, monkeypatch):
         while time.monotonic() < deadline and todo.batch not in job.stopped:
             time.sleep(0.05)
         seen.append(todo.batch in job.stopped)
-        return job.Outcome(True), "", False
+        return job.Outcome(True), False
 
     monkeypatch.setattr(job, "once", once)
     runs = planned(notebooks, tmp_path / "out", attack=["badnets"], seed=[0, 1])
@@ -149,6 +166,14 @@ def test_an_embedded_cluster_does_not_chat_of_the_connections_that_it_closes():
     with schedule.cluster(1, None):
         pass
     assert not logging.getLogger("distributed.batched").isEnabledFor(logging.INFO)
+
+
+def test_the_dashboard_is_for_this_host_alone_and_where_it_is_said_to_be():
+    with schedule.cluster(1, None) as client:
+        port = urlsplit(client.dashboard_link).port
+        assert urllib.request.urlopen(client.dashboard_link, timeout=10).status == 200
+        found = [at.laddr.ip for at in psutil.net_connections("tcp") if at.status == "LISTEN" and at.laddr.port == port]
+    assert found == ["127.0.0.1"]
 
 
 def test_workers_share_the_cores(monkeypatch):

@@ -194,10 +194,20 @@ def test_what_is_kept_of_a_faulty_submission_is_small_and_says_what_happened(gra
 
 
 def test_a_batch_leaves_the_exercises_out(name):
-    text, _ = grid.source(ROOT / "notebooks" / f"{name}.ipynb")
+    text = grid.source(ROOT / "notebooks" / f"{name}.ipynb")
     kept = [source(cell) for cell in json.loads(text)["cells"]]
     assert not any("SOLUTION" in cell or "HIDDEN TESTS" in cell for cell in kept)
     assert sum("results.save(" in cell for cell in kept) == 1
+
+
+def test_models_are_protected_and_their_locks_are_not(tmp_path):
+    """A lock that its owner cannot write would keep him from making a damaged model anew."""
+    (tmp_path / "store").mkdir()
+    for name in ("a.safetensors", "a.json", "a.lock"):
+        (tmp_path / "store" / name).touch(0o644)
+    coursework.protect(tmp_path)
+    modes = {path.suffix: path.stat().st_mode & 0o777 for path in (tmp_path / "store").iterdir()}
+    assert modes == {".safetensors": 0o444, ".json": 0o444, ".lock": 0o644}
 
 
 def test_solutions_are_executed_once_for_each_bdlib_and_store(tmp_path, monkeypatch):

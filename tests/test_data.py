@@ -1,6 +1,7 @@
 """Datasets by name, damaged and missing files, budgets, clean subsets."""
 
 import csv
+import errno
 import functools
 import gzip
 import http.server
@@ -100,7 +101,18 @@ def test_a_file_already_there_is_used_as_it_is(tmp_path):
     assert torch.equal(train.images[3].permute(1, 2, 0), torch.from_numpy(arrays()["x_train"][3]))
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "text", "lacks", "shape"])
+@pytest.mark.parametrize("code", [errno.EACCES, errno.ESTALE, errno.EIO])
+def test_a_file_that_cannot_be_read_is_not_called_damaged(tmp_path, monkeypatch, code):
+    def refuse(*_, **__):
+        raise OSError(code, "out of reach")
+
+    np.savez(tmp_path / "gtsrb.npz", **arrays())
+    monkeypatch.setattr(data.np, "load", refuse)
+    with pytest.raises(OSError, match="out of reach"):
+        data.load("gtsrb", tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "gap", "flipped", "text", "lacks", "shape"])
 def test_a_damaged_file_is_refused_by_name(tmp_path, damage):
     path = tmp_path / "gtsrb.npz"
     content = arrays()
@@ -112,6 +124,8 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, damage):
     raw = bytearray(path.read_bytes())
     if damage == "truncated":
         raw = raw[: len(raw) // 2]
+    if damage == "gap":  # places of arrays before the file's start: EINVAL
+        del raw[100:200]
     if damage == "flipped":
         raw[len(raw) // 3] ^= 255
     path.write_bytes(b"no numpy file" if damage == "text" else bytes(raw))
@@ -682,6 +696,9 @@ def test_only_classes_that_differ_are_listed(tmp_path):
 def test_a_path_may_hold_an_at_sign(tmp_path):
     root = tmp_path / "me@home" / "pets"
     picture_tree(root, ["."])
+    assert data.load(f"folder:{root}")[0].images.shape == (8, 3, 32, 32)
+    assert data.load(f"folder:{root}@40")[0].images.shape == (8, 3, 40, 40)
+    root = root.rename(root.with_name("pets@v2"))
     assert data.load(f"folder:{root}")[0].images.shape == (8, 3, 32, 32)
     assert data.load(f"folder:{root}@40")[0].images.shape == (8, 3, 40, 40)
 

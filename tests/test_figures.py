@@ -130,6 +130,12 @@ def test_a_batch_has_a_figure_for_each_network(tmp_path):
     assert report.draw_batch(results.table(rows[:1]), tmp_path) == ["signs_blended-x-kitty.png_a-8.png"]
 
 
+def test_a_batch_of_pictures_in_a_deep_folder_has_its_figures(tmp_path):
+    rows = [row(dataset="folder:/" + 214 * "d", attack=f"blended:/{210 * 'p'}{k}.png") for k in range(2)]
+    names = report.draw_batch(results.table(rows), tmp_path)
+    assert len(set(names)) == 2 and all((tmp_path / name).exists() for name in names)
+
+
 def test_planted_attacks_stand_by_strength_with_an_unusual_rate():
     rows = [
         row(attack=attack, defense=defense, asr=asr, poison_rate=rate)
@@ -138,7 +144,8 @@ def test_planted_attacks_stand_by_strength_with_an_unusual_rate():
     ]
     figure = report.planted_figure(results.table(rows))
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == ["sig (5%)", "badnets", "wanet"]
-    assert "3 attacks" in figure.axes[0].get_title() and figure.axes[0].get_title().endswith("poison rate 10%")
+    title = figure.axes[0].get_title()
+    assert "3 attacks" in title and title.endswith("poison rate 10% where not marked")
     plt.close(figure)
     empty = report.planted_figure(results.load())
     assert "make figures" in empty.axes[0].texts[0].get_text()
@@ -296,11 +303,11 @@ def test_the_gallery_has_a_row_for_each_attack_with_its_facts():
     plt.close(figure)
 
 
-def test_a_heatmap_says_percent_with_stars_and_a_dash_where_nothing_is_known(ax):
+def test_a_heatmap_says_percent_with_daggers_and_a_dash_where_nothing_is_known(ax):
     table = pd.DataFrame({"badnets": [0.05, 0.5], "sig": [0.995, None]}, index=["AWM", "FT"])
-    starred = pd.DataFrame({"badnets": [False, True], "sig": [False, False]}, index=["AWM", "FT"])
-    assert figures.heatmap(table, starred, ax, "ASR", good_is_high=False) is ax
-    assert [text.get_text() for text in ax.texts] == ["5", "100", "50*", "–"] and ax.get_title() == "ASR (%)"
+    marked = pd.DataFrame({"badnets": [False, True], "sig": [False, False]}, index=["AWM", "FT"])
+    assert figures.heatmap(table, marked, ax, "ASR", good_is_high=False) is ax
+    assert [text.get_text() for text in ax.texts] == ["5", "100", "50†", "–"] and ax.get_title() == "ASR (%)"
     assert ax.texts[-1].get_position() == (1.5, 1.5)  # the cell of FT and SIG
     cells = ax.collections[0].get_facecolors()[:, :3].sum(1)
     assert cells[1] < cells[2] < cells[0]  # the more success, the darker
@@ -363,13 +370,17 @@ def test_the_heatmap_has_every_method_and_the_control_last(compared):
     plt.close(figure)
 
 
-def test_the_heatmap_stars_a_method_that_gave_up_in_one_run_and_marks_what_was_not_run(compared):
+def test_the_heatmap_marks_a_method_that_gave_up_in_one_run_and_what_was_not_run(compared):
     one = (compared["defense"] == "anp") & (compared["attack"] == "badnets") & (compared["seed"] == 1)
     gave_up = compared.assign(measures=compared["measures"].mask(one, json.dumps({"failed": 1.0})))
     figure = report.heatmap_figure(gave_up[(gave_up["defense"] != "abl") | (gave_up["attack"] != "badnets")])
     asr = {(text.get_position()[1], text.get_position()[0]): text.get_text() for text in figure.axes[1].texts}
     badnets = [asr[row + 0.5, 1.5] for row in range(4)]  # no defense, FT, ANP, ABL
-    assert badnets == ["5", "25", "45*", "–"] and sum("*" in text for text in asr.values()) == 1
+    assert badnets == ["5", "25", "45†", "–"] and sum("†" in text for text in asr.values()) == 1
+    assert figure.get_supxlabel().startswith("† the method gave up") and figure.get_supxlabel().endswith("– not run")
+    plt.close(figure)
+    figure = report.heatmap_figure(compared)
+    assert figure.get_supxlabel() == ""  # nothing to explain
     plt.close(figure)
 
 
@@ -521,3 +532,22 @@ def test_the_ladder_goes_from_anp_to_awm_at_one_budget():
     assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == list(report.LADDER.values())
     assert sum(len(points.get_offsets()) for points in figure.axes[0].collections) == 10  # ACC and ASR of five steps
     plt.close(figure)
+
+
+def test_the_ledgers_figure_has_a_point_for_each_judged_line_at_its_asr():
+    verdicts = ["reproduced", "neither", "not planted", "neither", "gave up"]
+    lines = {"ASR, printed": [5.0, 2, 3, 90, 1], "ASR, ours": [7.0, 60, 4, 10, 99], "verdict": verdicts}
+    figure = report.ledger_figure(pd.DataFrame(lines))
+    (ax,) = figure.axes
+    band, drawn = ax.collections
+    assert drawn.get_offsets().tolist() == [[5, 7], [2, 60], [90, 10]]
+    assert {text.get_text() for text in ax.get_legend().get_texts()} >= {"reproduced", "neither"}
+    assert band.get_datalim(ax.transData).get_points().tolist() == [[0, -5], [100, 105]]  # five points on either side
+    plt.close(figure)
+
+
+def test_names_stand_over_their_images(ax):
+    figures.image_strip(torch.zeros(3, 3, 8, 8), ax, "three", ["a b", "Right-of-way at the next intersection"])
+    # The middle of images of 8 with a gap of 1 on each side.
+    assert [text.get_position()[0] for text in ax.texts] == [5, 15]
+    assert ax.texts[0].get_text() == "a b" and ax.texts[1].get_text() == "Right-of-way\nat the next …"

@@ -33,7 +33,7 @@ def uneven(tmp_path, monkeypatch):
     monkeypatch.setenv("BDLIB_DATA", str(tmp_path))
     labels = np.repeat(np.arange(3, dtype=np.uint8), (20, 9980, 20000))
     arrays = {"y_train": labels, "y_test": labels[:5], "classes": np.array(list("abc"))}
-    images = {f"x_{split}": np.zeros((len(arrays[f"y_{split}"]), 2, 2, 3), np.uint8) for split in ("train", "test")}
+    images = {f"x_{split}": np.zeros((len(arrays[f"y_{split}"]), 3, 3, 3), np.uint8) for split in ("train", "test")}
     np.savez(tmp_path / "gtsrb.npz", **arrays, **images)
 
 

@@ -1,11 +1,15 @@
 """One job's process: its own folders and share of the machine, and what its log says."""
 
+import json
+import shutil
+import sys
 import types
+from dataclasses import replace
 
 import distributed
 import pytest
 
-from bdlib import grid, job
+from bdlib import files, grid, job
 from tests import batch
 
 
@@ -13,7 +17,7 @@ from tests import batch
 def todo(tmp_path):
     batch.write_notebook(tmp_path / "notebooks", "02_awm", "pass")
     (run,) = grid.plan([tmp_path / "notebooks" / "02_awm.ipynb"], "quick", {}, {}, tmp_path / "out")
-    return job.notebook(run, "batch", 3, None)
+    return job.notebook(run, grid.source(run.notebook), "batch", 3, None)
 
 
 def test_every_process_has_its_own_folders_and_its_share_of_the_cores(todo, tmp_path, monkeypatch):
@@ -68,6 +72,63 @@ def test_a_job_of_another_version_is_not_started(todo, monkeypatch):
     assert not outcome.well and "another version of bdlib" in outcome.error
 
 
+@pytest.mark.parametrize(
+    ("changed", "said"), [({"version": "older"}, "bdlib here is not the grid's"), ({"key": "older"}, "stored rows")]
+)
+def test_code_or_rows_edited_since_the_plan_end_a_job_before_its_notebook_runs(
+    todo, tmp_path, monkeypatch, changed, said
+):
+    put_shown(todo)
+    todo = replace(todo, **changed)
+    monkeypatch.setattr(grid, "package_hash", lambda: todo.version)  # of this process alone
+    outcome = job.do(todo, grid.source(tmp_path / "notebooks" / "02_awm.ipynb"), None, print)
+    assert not outcome.well and said in outcome.error and outcome.tries == 1
+    left = {path.name for path in files.place(todo.folder).iterdir()}
+    assert left - {".lock"} == {"begun.json", "failed.json", "log.txt"}, "nothing of an older try"
+
+
+def test_a_model_of_edited_code_is_not_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "package_hash", lambda: "older")
+    outcome = job.do(
+        job.Job("model", "m", "batch", "older", 1, None, {}, folder=str(tmp_path / "m")), None, None, print
+    )
+    assert not outcome.well and "bdlib here is not the grid's" in outcome.error
+
+
+def put_shown(todo):
+    """What an older try left for people."""
+    for name in ("executed.ipynb", "executed.html", "log.txt"):
+        path = files.place(todo.folder) / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("of last week")
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["not finished", "finished by another process"])
+def test_a_run_without_its_model_shows_the_models_log_and_nothing_older(todo, finished):
+    put_shown(todo)
+    folder = files.place(todo.folder)
+    if finished:
+        (folder / "rows.csv").write_text("")
+        files.write_json(folder / "done.json", {"key": todo.key})
+    model = job.Outcome(
+        False, 9.0, "RuntimeError: no", log="models/abc/log.txt", traceback="Traceback\nRuntimeError: no"
+    )
+    outcome = job.do(todo, "{}", model, print)
+    assert outcome == replace(model, seconds=0.0, error="its model could not be made: RuntimeError: no")
+    note = json.loads((folder / "failed.json").read_text())
+    assert note["log"] == model.log and note["traceback"] == model.traceback and note["key"] == todo.key
+    assert [(folder / name).exists() for name in ("executed.ipynb", "executed.html", "log.txt")] == 3 * [finished]
+
+
+@pytest.mark.parametrize("ends", ["true", "false"])
+def test_a_log_that_cannot_be_written_changes_not_how_the_job_ended(todo, monkeypatch, ends):
+    (files.place(todo.folder) / "log.txt").mkdir(parents=True)
+    monkeypatch.setattr(sys, "executable", shutil.which(ends))
+    outcome = job.do(todo, "{}", None, print)
+    assert outcome.well == (ends == "true") and outcome.log == ""
+    assert (files.place(todo.folder) / "failed.json").exists() == (ends == "false")
+
+
 def test_what_a_log_says(tmp_path):
     log = tmp_path / "log"
     log.write_bytes(b"\x1b[31mExecuting:   0%| | 0/24 [00:00<?]\rExecuting:  29%|### | 7/24 [00:02<00:05]")
@@ -83,5 +144,5 @@ def test_what_a_log_says(tmp_path):
 
 def test_a_failure_that_cannot_even_be_noted_is_said(todo, tmp_path):
     (tmp_path / "out").write_text("in the way")
-    outcome = job.failed(todo, job.Outcome(False, 1.0, "ValueError: no"), "")
+    outcome = job.failed(todo, job.Outcome(False, 1.0, "ValueError: no"))
     assert outcome.error.startswith("ValueError: no (and ") and "Not a directory" in outcome.error

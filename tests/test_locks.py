@@ -1,5 +1,6 @@
 """Locks on a disk and on an object store: one holder at a time, and a dead one's lock is free again."""
 
+import errno
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -81,6 +82,33 @@ def test_a_lease_is_not_released_by_one_who_lost_it(bucket):
     assert (bucket / "a.lock").read_bytes() == b"another owner"
 
 
+def test_a_lease_goes_on_after_a_beat_that_failed(caplog):
+    beats = []
+
+    class Path:
+        def write_bytes(self, content):
+            beats.append(content.split()[1])
+            if len(beats) == 1:
+                raise OSError("the store is busy")
+            lease.ended.set()
+
+    lease = locks.Lease(Path(), beat=0.01)
+    lease.refresh()
+    assert beats == [b"1", b"2"] and "could not be refreshed: the store is busy" in caplog.text
+
+
+def test_a_lock_of_another_user_is_asked_too(tmp_path, monkeypatch):
+    """The system lets root write anywhere, so that its refusal is played here."""
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with locks.hold(tmp_path / "a.lock"):
+        monkeypatch.setattr("filelock.FileLock.acquire", refused)
+        assert locks.held(tmp_path / "a.lock")
+    assert not locks.held(tmp_path / "a.lock")
+
+
 def test_an_object_is_written_whole_or_not_at_all(bucket):
     def broken(file):
         file.write(b"half")
@@ -91,6 +119,16 @@ def test_an_object_is_written_whole_or_not_at_all(bucket):
     assert not (bucket / "x").exists()
     files.write_atomic(bucket / "x", lambda file: file.write(b"whole"))
     assert (bucket / "x").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("letter", ["a", "猫"])
+def test_a_name_is_cut_to_what_a_disk_takes_and_names_stay_apart(tmp_path, letter):
+    names = [files.file_name(letter * count) for count in (files.LONGEST // len(letter.encode()), 300, 301)]
+    assert set(names[0]) == {letter}, "one that fits stays as it is"
+    assert len(set(names)) == 3
+    for name in names:
+        files.write_atomic(tmp_path / f"{name}.csv", lambda file: file.write(b"whole"))
+    assert len(list(tmp_path.iterdir())) == 3
 
 
 def test_an_unknown_kind_of_store_is_named():

@@ -1,5 +1,6 @@
 """The project's own promises: one list of dependencies, notebooks that keep the rules."""
 
+import os
 import re
 import subprocess
 import tomllib
@@ -101,3 +102,10 @@ def test_make_runs_what_it_runs_with_the_same_bits_everywhere(target):
     calls = len(out) // len(gpu.SAME_BITS)
     assert calls
     assert out == calls * list(gpu.SAME_BITS.values())
+
+
+def test_make_refuses_an_environment_whose_path_has_a_space(tmp_path):
+    environment = os.environ | {"VIRTUAL_ENV": str(tmp_path / "my env")}
+    command = ["make", "--dry-run", "lint"]
+    ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert ended.returncode and "must not have a space" in ended.stderr and not ended.stdout

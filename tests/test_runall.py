@@ -1,11 +1,16 @@
 """runall.py: bad arguments stop it before anything starts; runs are isolated, resumed, and their failures named."""
 
+import io
 import json
 import os
+import re
+import shutil
 import signal
+import sys
 import time
 
 import pytest
+from rich.console import Console
 
 import runall
 from bdlib import files, grid, results, schedule
@@ -263,6 +268,62 @@ def test_an_object_store_that_does_not_answer_is_one_clear_line(notebooks, monke
     monkeypatch.setattr(files, "place", lambda where: Broken())
     assert runall.main(["--out", "s3://bucket/out", "--status"]) == 2
     assert capsys.readouterr().err == "runall.py: cannot reach s3://bucket/out: Could not connect\n"
+
+
+def test_runs_that_differ_have_folders_that_differ_and_tell_what_they_are(notebooks, tmp_path, monkeypatch):
+    def folder(dataset):
+        (run,) = grid.plan([notebooks / "00_backdoors.ipynb"], "quick", {"dataset": [dataset]}, {}, tmp_path / "out")
+        return run.folder.name
+
+    found = []
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        found.append(folder("folder:cats"))
+        assert folder("folder:cats") == folder(f"folder:{tmp_path / name / 'cats'}")
+    assert found[0] != found[1]
+    long = folder("folder:/srv/" + 30 * "deep/" + "cats")
+    assert re.fullmatch(r"deep-deep-[\w-]*cats_blended_500_0_[0-9a-f]{12}", long), long
+
+
+def test_names_and_table_tell_apart_what_varies(notebooks, tmp_path, capsys, monkeypatch):
+    axes = {"arch": ["resnet18", "vgg16"], "poison_rate": [0.05, 0.1], "seed": [0]}
+    runs = grid.plan([notebooks / "00_backdoors.ipynb"], "quick", axes, {}, tmp_path)
+    assert runs[1].name == "00_backdoors signs blended budget=200 seed=0 arch=resnet18 poison_rate=0.1"
+    rows = [row() | {"arch": run.parameters["arch"], "poison_rate": run.parameters["poison_rate"]} for run in runs]
+    table = runall.means_table(results.table(rows))
+    heads = [column.header for column in table.columns]
+    assert heads[2:4] == ["arch", "poison rate"] and list(table.columns[3].cells) == ["0.05", "0.1"] * 2
+
+
+@pytest.mark.parametrize("path", ["folder:/srv/[old]/cats", "folder:/srv/a[/old]/cats"])
+def test_a_path_is_no_markup(path):
+    shown = Console(width=300, file=io.StringIO())
+    shown.print(runall.means_table(results.table([row() | {"dataset": path}])))
+    assert path in shown.file.getvalue()
+
+
+def test_the_log_of_a_run_without_its_model_is_the_models(call, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    assert call("--budget", "20", "200") == 1
+    logs = re.findall(r"log: (.*)", capsys.readouterr().out)
+    assert len(logs) == 2 and all("/models/" in log and files.place(log).exists() for log in logs)
+
+
+def test_rows_that_a_notebook_reads_are_part_of_its_key(tmp_path, monkeypatch):
+    monkeypatch.setattr(grid, "project_root", lambda: tmp_path)
+    batch.write_notebook(tmp_path, "00_backdoors", "read('some_rows', \"ledger.csv\")")
+    (tmp_path / "figures").mkdir()
+    (run,) = grid.plan([tmp_path / "00_backdoors.ipynb"], "quick", {}, {}, tmp_path / "out")
+    keys = [run.key]
+    for name in ("some_rows", "ledger", "other_rows"):
+        (tmp_path / "figures" / f"{name}.csv").write_text("acc,seconds\n.9,1\n")
+        keys.append(run.key)
+    assert len(set(keys)) == 3 and keys[2] == keys[3]
+    (tmp_path / "figures" / "some_rows.csv").write_text("acc,seconds\n.9,22\n")
+    assert run.key == keys[3]  # else rows measured again would make all that reads them stale
+    (tmp_path / "figures" / "some_rows.csv").write_text("acc,seconds\n.8,22\n")
+    assert run.key not in keys
 
 
 def test_a_path_may_begin_at_home_and_a_file_address_is_a_path(tmp_path, monkeypatch):

@@ -45,6 +45,7 @@ def fail(run):
         "seconds": 3.0,
         "error": "ValueError: <b>no</b>",
         "traceback": "Traceback ...\nValueError: <b>no</b>",
+        "log": "models/0 a/log.txt",
     }
     put(run.folder / "failed.json", json.dumps(note))
 
@@ -120,6 +121,8 @@ def test_status_counts_and_dry_run_lists(notebooks, tmp_path, capsys):
     assert runall.main([*arguments, "--dry-run", "--only-failed"]) == 0
     shown = capsys.readouterr().out
     assert "seed=1" in shown and "seed=2" not in shown
+    empty = ["--out", str(tmp_path / "empty"), "--dry-run", "--only-failed"]
+    assert runall.main(empty) == 0 and "0 runs to do, 0 finished before" in capsys.readouterr().out
     assert runall.main([*arguments, "--dry-run", "--force"]) == 0
     assert "3 runs to do" in capsys.readouterr().out and (done.folder / "done.json").exists(), (
         "a dry run changes nothing"
@@ -139,10 +142,16 @@ def test_collect_takes_the_rows_of_every_finished_run(notebooks, tmp_path, capsy
     finish(bare, seed=3)
     (bare.folder / "rows.csv").unlink()
     put(half.folder / "rows.csv", "paper")
+    (deeper,) = planned(notebooks, out / "figures" / "budgets", seed=[4])
+    finish(deeper, 7.0, seed=4)
+    assert runs.estimates(runs.Listing(out)) == runs.estimates(runs.Listing(out / "figures")) | {
+        ("00_backdoors",): 60.0,
+        ("00_backdoors", "quick", "signs"): 60.0,
+    }
     assert runall.main(["--out", str(out), "--collect"]) == 0
-    assert "2 rows" in capsys.readouterr().out
+    assert "3 rows" in capsys.readouterr().out
     table, parquet = results.load(out / "all_rows.csv"), pd.read_parquet(out / "all_rows.parquet")
-    assert sorted(table["seed"]) == [0, 1] and list(parquet.columns) == results.COLUMNS and len(parquet) == 2
+    assert sorted(table["seed"]) == [0, 1, 4] and list(parquet.columns) == results.COLUMNS and len(parquet) == 3
     assert runall.main(["--out", str(tmp_path / "empty"), "--collect"]) == 0
     assert "0 rows" in capsys.readouterr().out
 
@@ -186,6 +195,7 @@ def test_a_notebook_becomes_a_page_once(notebooks, out):
 def test_the_page_shows_rows_failures_and_figures_and_escapes_what_it_shows(notebooks, out):
     done, failed, _ = planned(notebooks, out, seed=[0, 1, 2])
     finish(done)
+    put(done.folder / "log.txt", "the log")
     fail(failed)
     whole = planned(notebooks, out, seed=[0, 1, 2])
     rows = runs.rows([done.folder])
@@ -193,5 +203,6 @@ def test_the_page_shows_rows_failures_and_figures_and_escapes_what_it_shows(note
     text = (out / "index.html").read_text()
     assert "1 of 3 runs done" in text and "1 failed" in text and "ValueError: &lt;b&gt;no&lt;/b&gt;" in text
     assert re.findall(r'href="([^"]+)/executed.html"', text) == [done.place]
+    assert re.findall(r'href="([^"]+/log.txt)"', text) == [f"{done.place}/log.txt", "models/0%20a/log.txt"]
     assert "figures/signs%20a.png" in text and "torch 2" in text and "Python 3" in text
     assert text.count("<tr>") == 2 + len(rows) + len(whole) and "http" not in text.replace("<!doctype html>", "")

@@ -256,8 +256,24 @@ def test_blended_takes_any_image_file(tmp_path):
     picture = Image.new("RGBA", (8, 8), (255, 0, 51, 10))
     picture.save(tmp_path / "mark.png")
     out = triggers.make(f"blended:{tmp_path / 'mark.png'}")(GRAY)
-    assert torch.allclose(out[0, :, 3, 3], torch.tensor([0.6, 0.4, 0.44]), atol=1e-6)
+    on_white = torch.tensor([255, 245, 247]) / 255  # 10 of 255 of (255, 0, 51) over white
+    assert torch.allclose(out[0, :, 3, 3], 0.8 * 0.5 + 0.2 * on_white, atol=1e-6)
     assert torch.allclose(out, out[:1, :, :1, :1].expand_as(out), atol=1e-6)
+
+
+def test_a_blended_picture_is_read_as_those_of_a_dataset_are(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "rgb.png")
+    assert np.array_equal(overlays.read_image(tmp_path / "rgb.png").permute(1, 2, 0) * 255, pixels)
+    Image.fromarray(pixels[..., 0].astype(np.uint16) * 256 + 99).save(tmp_path / "deep.png")
+    assert np.array_equal(overlays.read_image(tmp_path / "deep.png")[2] * 255, pixels[..., 0])
+
+
+def test_a_picture_too_large_to_open_is_refused_by_name(tmp_path, monkeypatch):
+    Image.new("L", (9, 9)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 20)
+    with pytest.raises(ValueError, match=r"must be an image file, got '.*huge\.png'.*exceeds limit"):
+        overlays.read_image(tmp_path / "huge.png")
 
 
 def test_a_file_that_is_no_image_is_refused_by_name(tmp_path):

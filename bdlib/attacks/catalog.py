@@ -35,7 +35,8 @@ class Kind:
 
 # Attacks that are more than one trigger of bdlib.triggers on random images.  Sources stand in their modules.
 KINDS: dict[str, Kind] = {
-    # SIG as its authors and BackdoorBench have it: the wave on images of the target class, labels unchanged.
+    # SIG as its authors and BackdoorBench have it: the wave on images of the target class, labels unchanged.  The poison rate is a
+    # share of the whole split; DIFFERS: RNP's code takes it of the target class, so its .1 is .01 here on CIFAR-10.
     "sig": Kind(pool="target", stamps=lambda module: Stamps(triggers.make("signal"))),
     "sig_rnp": Kind(pool="target", stamps=lambda module: Stamps(triggers.make("signal_rnp"))),
     "trojannn": Kind(needs="clean network", build=pattern.build, fit=pattern.fit_trojannn),

@@ -70,7 +70,11 @@ def build(attacker: Attacker) -> InputAware:
 
 
 def fit(trigger: InputAware, attacker: Attacker) -> None:
-    """Train the mask network (25 epochs, 2 in the quick profile), then the pattern network with the classifier."""
+    """Train the mask network (25 epochs, 2 in the quick profile), then the pattern network with the classifier.
+
+    DIFFERS: both networks have new gradients at each step and the attacker's schedule; in BackdoorBench's code the pattern network's
+    gradients add up, and its rate has milestones of its own.
+    """
     generator = attacker.generator("order")
     batch_size = attacker.training.batch_size
     batches = Batches(attacker.train, batch_size, attacker.device, generator=generator, drop_last=True)

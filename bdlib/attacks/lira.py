@@ -14,7 +14,8 @@ from bdlib.attacks.networks import PictureNet, require_size
 from bdlib.randomness import seeded
 from bdlib.train import Batches, lr_factor, require_finite
 
-EPSILON = 0.01  # largest change of a pixel (BackdoorBench)
+# Largest change of a pixel (BackdoorBench).  DIFFERS: there it is added to normalized images, on CIFAR-10 a quarter of it in [0, 1].
+EPSILON = 0.01
 # Adam's rate for T: in the quick profile, which takes few steps (ours), otherwise (BackdoorBench).
 NOISE_LR = (1e-3, 1e-4)
 
@@ -50,7 +51,8 @@ def build(attacker: Attacker) -> Lira:
 def fit(trigger: Lira, attacker: Attacker) -> None:
     """Train both for a third of the epochs, then the classifier alone (BackdoorBench: 50 and 100).  The poison rate plays no part.
 
-    DIFFERS: one step for both networks, as both minimize the same loss; the code alternates.
+    DIFFERS: one step for both networks, as both minimize the same loss, on halves of a batch; BackdoorBench's code alternates, on
+    whole batches, clean and triggered, and its classifier sees the perturbation of the epoch before.
     """
     generator = attacker.generator("order")
     batch_size = attacker.training.batch_size

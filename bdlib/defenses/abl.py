@@ -22,7 +22,11 @@ LOSSES = ("flooding", "ascent")
 
 @dataclass(frozen=True, kw_only=True)
 class AblConfig:
-    """Settings of ABL; sources: [b] BackdoorBench.  Raises ValueError if one is out of range."""
+    """Settings of ABL; sources: [b] BackdoorBench's settings file.  Raises ValueError if one is out of range.
+
+    DIFFERS: BackdoorBench's code overrides that file: rates of .01 in steps 1 and 3 (.001 after 40 epochs) and 1e-4 in step 4, weight
+    decay 1e-4, Nesterov's momentum, batches of 256, and no augmentation in step 1.
+    """
 
     batch_size: int = 128  # images; never more than there are
     isolation_epochs: int = 20  # of step 1 [b]
@@ -88,8 +92,8 @@ def recipe(count: int) -> AblConfig:
     """BackdoorBench's setting; for a training split below 25,000 images fewer and smaller steps.
 
     DIFFERS: at a rate of .1 networks collapse on a few thousand images (see CBD), and their easy task needs no 80 epochs.  The
-    hundredth of them that is isolated fits into one batch, so 20 epochs of unlearning are 20 steps, not BackdoorBench's 80: after 80
-    the network knew nothing any more.
+    hundredth of them that is isolated fits into one batch, so 20 epochs of unlearning are 20 steps, not the 80 of 50,000 images
+    (BackdoorBench: 40, as its batches are larger): after 80 the network knew nothing any more.
     """
     if count >= 25_000:
         return AblConfig()

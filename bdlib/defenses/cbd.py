@@ -45,10 +45,13 @@ class CbdConfig:
     )
     momentum: float = 0.9  # Nesterov [c]
     weight_decay: float = 1e-4  # [c]
-    cutout: int = 3  # side of a black square on every training image, pixels [c]; 0 = none
+    # Side of a black square on every training image, pixels; 0 = none.  DIFFERS: the official code calls it 3 as well, but halves it
+    # in whole numbers, so that its square is 2 wide.
+    cutout: int = 3
     reweight: bool = True  # step 4 [c]
     mi_weight: float = 0.01  # of the mutual-information term; 0 = no critic, as the code ships [c]
-    critic_lr: float = 0.2  # Adam; divided by 10 every fifth of the epochs [c], where the first comes one epoch sooner
+    # Adam; divided by 10 every fifth of the epochs [c].  DIFFERS: there the first time comes one epoch sooner.
+    critic_lr: float = 0.2
     critic_dropout: float = 0.2  # [c]
     # After each step every weight of the critic is divided by "root" = the square root of its largest singular value [c], or by
     # "spectral" = that value itself, which makes each layer 1-Lipschitz.
@@ -243,7 +246,7 @@ def train_clean(
 
 
 def outputs(network: Network, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (B, C) and embedding (B, D), float32 both; on a GPU the network computes them in bfloat16."""
+    """Logits (B, C) and embedding (B, D), float32 both; on a GPU the network computes in bfloat16 (DIFFERS: officially float32)."""
     with gpu.half(images.device):
         logits, embedding = network(images)
     return logits.float(), embedding.float()

@@ -1,6 +1,7 @@
 """Fine-tuning (FT): the baseline of every paper.  Train all weights on the clean images for a while.
 
 Settings: BackdoorBench's, 100 epochs, batch 256, SGD lr .01, momentum .9, weight decay 5e-4, cosine to 0 over the epochs.
+DIFFERS: the rate falls after every step, in BackdoorBench once an epoch.
 """
 
 import copy

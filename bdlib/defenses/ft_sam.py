@@ -104,13 +104,13 @@ def recipe(count: int) -> FtSamConfig:
     DIFFERS: below 2,560 images the batch is a tenth of them, at least 32, because the official 2,500 images in batches of 256 make ten
     steps an epoch, and the number of steps, not of epochs, decides how much of the backdoor goes.  Below 289 images there are fewer:
     seven with 200, one with 10.  So "cosine_100" ends at the highest rate, as officially, with 500, 250, 100 and 50 images, but at 0
-    with 200 and 10.  On GTSRB paper and code have 50 epochs, ours 100.
+    with 200 and 10.  On GTSRB paper and code have 50 epochs, and the paper on it and Tiny ImageNet rho = 8: ours are 100 and 2.
     """
     return FtSamConfig(batch_size=min(256, max(32, math.ceil(count / 10))))
 
 
 def paper_variant(config: FtSamConfig) -> FtSamConfig:
-    """The setting as the paper's text has it: plain cross-entropy.  It states no schedule; ours is one cosine to 0."""
+    """The setting as the paper's text has it for CIFAR-10: plain cross-entropy.  It states no schedule; ours is one cosine to 0."""
     return replace(config, label_smoothing=0.0, schedule="cosine")
 
 

@@ -7,6 +7,8 @@ A min-max game over one perturbation delta for all images: min over theta of max
       v <- (d Phi / d delta)^T v + grad_delta L,   Phi(delta, theta) = delta - s grad_delta (c |delta|^2 - L)
     then   grad = grad_theta L + (d Phi / d theta)^T v
 The model stays in eval(): batch-norm statistics do not move.  Settings are BackdoorBench's.
+DIFFERS: y is the true label in both steps, as above; the authors' code and BackdoorBench's climb in step 1 on what the network says.
+In step 2 the inner loss is that of the batch at hand, where both take the first batch each time.
 """
 
 import copy
@@ -30,7 +32,7 @@ class IBauConfig:
     """Settings of I-BAU; sources: [b] BackdoorBench.  Raises ValueError if one is out of range."""
 
     rounds: int = 5  # [b]; 3 in the authors' notebooks
-    batch_size: int = 128  # images; never more than there are
+    batch_size: int = 256  # images; never more than there are [b]
     lr: float = 1e-4  # Adam, of the weights [b]; 1e-3 in the authors' notebooks
     delta_lr: float = 10.0  # SGD, of the perturbation in step 1 [b]
     # Largest L2 norm of delta, for images in [0, 1]; None = free [b].  A 4 x 4 patch is at most 7 long, Blended's noise about 4.
@@ -80,7 +82,7 @@ def i_bau(
 def recipe(count: int) -> IBauConfig:
     """BackdoorBench's setting; for fewer than 2,500 clean images the authors' rate, smaller batches, and delta as long as a trigger.
 
-    DIFFERS: its 2,500 images make 100 steps of the weights; a tenth of the images a batch, at least 16, and ten rounds make as many.
+    DIFFERS: its 2,500 images make 50 steps of the weights; a tenth of the images a batch, at least 16, and ten rounds make up to 100.
     On a narrow network's large gradients a free delta grows to several times the length of an image, and no weights withstand that.
     """
     if count >= 2500:

@@ -28,7 +28,9 @@ class NadConfig:
     training: TrainConfig = field(default_factory=lambda: replace(CONFIG, epochs=10))
     # Names of the layers, from first to last; None = the last feature map of each of the last three sizes [o]
     layers: tuple[str, ...] | None = None
-    betas: tuple[float, ...] = (500.0, 1000.0, 1000.0)  # weight of each layer's distance, from first to last [b]
+    # Weight of each layer's distance, from first to last [b].  DIFFERS: on PreAct-ResNet18 BackdoorBench's third layer is the pooling,
+    # whose maps of one pixel never differ, so its 500 and 1,000 weigh the last two sizes.
+    betas: tuple[float, ...] = (500.0, 1000.0, 1000.0)
     power: float = 2.0  # p [b]
 
     def __post_init__(self) -> None:

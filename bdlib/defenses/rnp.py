@@ -49,7 +49,8 @@ class RnpConfig:
     recover_epochs: int = 20  # [c]
     recover_lr: float = 0.2  # [c]
     loss_weight: float = 0.2  # factor on the recovery's loss [c]
-    held_out: float = 0.2  # share of the clean images kept for choosing the threshold [o]
+    # Share of the clean images kept for choosing the threshold [o].  DIFFERS: the official code unlearns and recovers with all.
+    held_out: float = 0.2
     max_drop: float = 0.05  # clean accuracy that the chosen threshold may cost, as a fraction [o]
     thresholds: tuple[float, ...] = tuple(step / 20 for step in range(20))  # 0 to .9 [c] and .95, in steps of .05
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+from bdlib import pictures
 from bdlib.triggers.patches import Trigger, as_channels
 
 if TYPE_CHECKING:
@@ -32,8 +33,8 @@ def blended(alpha: float = 0.2, seed: int = 0, image: str | Path | torch.Tensor 
     """A trigger that mixes one fixed picture into the whole image: (1 - alpha) x + alpha * picture.
 
     alpha 0.2 as in Blended and ANP.  The picture is `image`, a file or float32 (C, H, W) in [0, 1], stretched to the images' size;
-    without one it is noise, uniform in [0, 1], drawn from `seed` once, as ANP's.  Raises ValueError if alpha is not in (0, 1] or the
-    file is no image.
+    without one it is noise, uniform in [0, 1], drawn from `seed` once (DIFFERS: ANP's is Gaussian).  Raises ValueError if alpha
+    is not in (0, 1] or the file is no image.
     """
     require_share("alpha", alpha)
     picture = read_image(image) if isinstance(image, str | Path) else image
@@ -170,12 +171,9 @@ def l2_inv(seed: int = 0) -> torch.Tensor:
 
 def read_image(path: str | Path) -> torch.Tensor:
     """An image file as float32 (3, H, W) in [0, 1].  Raises ValueError if it is not there or no image."""
-    from PIL import Image, UnidentifiedImageError
-
     try:
-        with Image.open(Path(path).expanduser()) as file:
-            return _as_floats(file.convert("RGB"))
-    except (OSError, UnidentifiedImageError) as error:
+        return _as_floats(pictures.read(Path(path).expanduser()))
+    except ValueError as error:
         raise ValueError(f"the blended picture must be an image file, got {str(path)!r}: {error}") from error
 
 
