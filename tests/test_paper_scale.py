@@ -56,6 +56,22 @@ def test_the_table_of_gtsrb():
         assert list(shown[name].values()) == [close(*by_attack.loc[key]) for key in ("badnets", "blended")]
 
 
+def test_the_table_of_gtsrb_with_the_leaderboards_budget():
+    shown = table(PAGE, "5% clean, ACC / ASR, %")
+    rows = measured("paper_gtsrb_width_16_5_percent.csv", budget=1960)
+    printed = results.published().query(
+        "dataset == 'gtsrb' and attack == 'badnets' and source.str.contains('leaderboard')"
+    )
+    before = printed[["acc_before", "asr_before"]].iloc[0]
+    assert set(shown) == set(rows["method"])
+    for defense, part in rows.groupby("defense"):
+        by_attack, theirs = part.set_index("attack")[["acc", "asr"]], printed[printed["defense"] == defense]
+        said = before if defense == "none" else theirs[["acc", "asr"]].squeeze() if len(theirs) else None
+        cells = list(shown[figures.method_name(defense, "default")].values())
+        assert cells[::2] == [close(*by_attack.loc[key]) for key in ("badnets", "blended")]
+        assert cells[1] == ("not available" if said is None else close(*said))
+
+
 def test_the_table_of_three_seeds():
     shown = table(PAGE, "ACC / ASR, %")
     for attack, cells in zip(["badnets", "blended_picture"], shown.values(), strict=True):
