@@ -358,7 +358,7 @@ def write_results(whole: list[Run], out: Path) -> pd.DataFrame:
 
 
 def means_table(rows: pd.DataFrame) -> Table:
-    also = [name for name in ("arch", "poison_rate", "target_label") if rows[name].nunique() > 1]
+    also = [name for name in grid.VARIED if rows[name].nunique() > 1]
     named = (name.replace("_", " ") for name in also)
     heads = ("notebook", "data, attack", *named, "budget", "defense", "ACC", "ASR", "RA", "DER", "n")
     table = Table(*heads, title="percent, means over n seeds", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)

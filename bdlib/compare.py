@@ -87,7 +87,7 @@ def rows(
     measured: a CSV file in which every row is kept as soon as it is there, and read by the next call: a run that was cut off goes on.
     Delete it after a change of a method's code.
     """
-    stored = results.once(so_far(measured), stored)
+    stored = with_so_far(stored, measured)
     return kept(each_row(lab, names, stored, variant=variant, detect=detect, watch=watch), measured)
 
 
@@ -100,7 +100,7 @@ def rows_with_as_many_steps(
     watch: Watch = experiment.progress,
 ) -> list[dict[str, object]]:
     """A row, variant "as many steps", for each of the methods that `catalog.AS_MANY_STEPS` has; as in `rows`."""
-    stored = results.once(so_far(measured), stored)
+    stored = with_so_far(stored, measured)
     methods = catalog.AS_MANY_STEPS.items()
     found = (method_row(lab, name, stored, STEPS, watch, method=method) for name, method in methods if name in names)
     return kept(found, measured)
@@ -130,6 +130,12 @@ def each_row(
 def so_far(measured: Path | None) -> pd.DataFrame:
     """The rows in the file; none where it is not there."""
     return results.load(measured) if measured and measured.exists() else results.load()
+
+
+def with_so_far(stored: pd.DataFrame, measured: Path | None) -> pd.DataFrame:
+    """The rows in the file, then the stored ones: of a run on two networks both, as `same_run` tells them apart."""
+    tables = [rows for rows in (so_far(measured), stored) if len(rows)]
+    return pd.concat(tables, ignore_index=True) if tables else stored
 
 
 def kept(rows: Iterable[dict[str, object]], measured: Path | None) -> list[dict[str, object]]:
@@ -194,14 +200,17 @@ def same_run(stored: pd.DataFrame, lab: Lab, chosen: dict[str, object], config: 
         fits = fits[fits[name] == wanted[name]]
     if fits.empty:
         return None
-    row = fits.iloc[0][results.COLUMNS].to_dict()
-    if any(abs(row[f"{name}_before"] - lab.before[name]) > 1e-9 for name in ("acc", "asr", "ra")):
+    here = fits
+    for name in ("acc", "asr", "ra"):
+        here = here[(here[f"{name}_before"] - lab.before[name]).abs() <= 1e-9]
+    if here.empty:
+        row = fits.iloc[0]
         print(
             f"{chosen['defense']}, {chosen['variant']}: the stored row is of another network (ACC {row['acc_before']:.4f}, "
             f"ASR {row['asr_before']:.4f}; here {lab.before['acc']:.4f}, {lab.before['asr']:.4f}), so it is measured now"
         )
         return None
-    return row
+    return here.iloc[0][results.COLUMNS].to_dict()
 
 
 def detection(lab: Lab, *, watch: Watch = experiment.progress) -> dict[str, float]:

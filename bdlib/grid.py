@@ -21,6 +21,7 @@ from bdlib.places import project_root
 
 # The axes of the grid, each a parameter of every notebook; any other parameter is set with --set.
 AXES = ("dataset", "arch", "attack", "budget", "poison_rate", "target_label", "seed")
+VARIED = ("arch", "poison_rate", "target_label")  # shown of a run where the grid has several
 COSTS = ("seconds", "peak_memory_mb")  # columns of rows that differ from one time to the next
 # What decides which backdoored model a run works on.
 MODEL = ("profile", "dataset", "arch", "attack", "poison_rate", "target_label", "seed")
@@ -33,7 +34,7 @@ class Run:
     notebook: Path
     parameters: dict[str, object]
     folder: Path
-    varied: tuple[str, ...] = ()  # of arch, poison_rate and target_label those with several values in the grid
+    varied: tuple[str, ...] = ()  # those of VARIED with several values in the grid
 
     @property
     def name(self) -> str:
@@ -137,7 +138,7 @@ def plan(
         raise ValueError(f"--set is for parameters that have no option of their own, got {', '.join(owned)}")
     if twice:
         raise ValueError(f"given twice for the same run: {', '.join(twice)}")
-    varied = tuple(name for name in ("arch", "poison_rate", "target_label") if len(axes.get(name) or ()) > 1)
+    varied = tuple(name for name in VARIED if len(axes.get(name) or ()) > 1)
     runs = []
     for notebook in notebooks:
         known = notebook_parameters(notebook)

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import nn
 
-from bdlib import compare, experiment, metrics, results
+from bdlib import compare, experiment, metrics
 from bdlib.defenses import anp, bnp, catalog, clp, rnp
 from bdlib.defenses.catalog import Held
 from bdlib.experiment import Lab
@@ -65,7 +65,7 @@ def rows(
 
     A method that gives up on this network has none.  measured: as in `compare.rows`.
     """
-    stored = results.once(compare.so_far(measured), stored)
+    stored = compare.with_so_far(stored, measured)
     found = (oracle_row(lab, name, stored, watch) for name in names if name in SWEEPS)
     return compare.kept((row for row in found if row is not None), measured)
 

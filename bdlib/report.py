@@ -254,12 +254,12 @@ def draws_figure(runs: pd.DataFrame, columns: int = 3) -> plt.Figure:
     if runs.empty:
         return empty_figure()
     attacks, order = runs["attack"].unique(), list(runs["draw"].unique())
+    methods, columns = runs["method"].unique(), min(columns, len(attacks))
     lines = math.ceil(len(attacks) / columns)
-    size = (1.6 + 2.1 * min(columns, len(attacks)), 0.7 + lines * (0.4 + 0.19 * runs["method"].nunique()))
+    size = (1.6 + 2.1 * columns, 0.7 + lines * (0.4 + 0.19 * len(methods)))
     figure, axes = plt.subplots(
-        lines, min(columns, len(attacks)), figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
+        lines, columns, figsize=size, layout="constrained", sharex=True, sharey=True, squeeze=False
     )
-    methods = runs["method"].unique()
     for attack, ax in zip(attacks, axes.flat, strict=False):
         figures.draws(runs[runs["attack"] == attack], methods, order, ax)
         ax.set_title(attack, fontsize=10)

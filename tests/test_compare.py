@@ -254,6 +254,16 @@ def test_what_a_cut_off_run_measured_is_read_before_a_row_of_another_network(lab
     assert not counted
 
 
+def test_a_row_of_another_network_that_a_run_left_hides_no_stored_one(lab, counted, tmp_path):
+    """The notebook run by hand, with other bits, and then by `make lab`."""
+    measured = tmp_path / "measured.csv"
+    stored = results.table(compare.rows(lab, ["after"], results.load()))
+    results.save(stored.assign(acc_before=0.0), measured)
+    counted.clear()
+    compare.rows(lab, ["after"], stored, measured=measured)
+    assert not counted
+
+
 @pytest.mark.parametrize(
     ("call", "error"),
     [
